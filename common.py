@@ -1,0 +1,741 @@
+"""What all scripts need and none explains: prompts, sampling, log-probs, reward scores, run log.
+
+Shapes: P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row,
+Q queries, D hidden size, V vocabulary. Log-probs: nats, fp32, at the sampling temperature.
+
+One idea shapes every signature: a prompt is held ONCE, with its N responses beside it. A row fed to
+a model is [prompt | response 1 | … | response N]; the mask lets a response see the prompt and
+itself only, and position ids restart after the prompt. The prompt is so computed, stored and read
+once and not N times. Loading a model tries on a small example whether it gives the same numbers
+this way as on plain rows; one that does not is fed plain rows, and a line says so.
+
+No line here knows a training method: the scripts import this file, it imports none of them.
+All randomness is a function of (seed, step, rank), so a resumed run needs no random state.
+"""
+
+import functools
+import importlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+import tyro
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+
+ROOT = Path(__file__).resolve().parent
+MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
+POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
+            "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
+            "eval_prompts", "save_every")
+HEADLINE = ("reward/mean", "kl/ref", "eval/win_rate")
+PANELS = {"reward": ("reward/mean", "eval/reward"), "win rate against the references":
+          ("eval/win_rate",), "KL from the start model, nats": ("kl/ref", "eval/kl"),
+          "tokens a response": ("length/mean", "eval/length"),
+          "entropy a token, nats": ("entropy/token",), "loss": ("loss",)}
+
+
+def require(condition: bool, message: str) -> None:
+    """Ends the process with one line on stderr and exit code 2 unless `condition` holds."""
+    if not condition:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
+    """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
+    for prompt, good in zip(batch.prompts, torch.isfinite(values).view(len(values), -1).all(1)):
+        require(good, f"{what} is NaN or infinite for the prompt {prompt.text!r}; the run stops here, "
+                "its last checkpoint is kept")
+
+
+# ── A batch: P prompts, each held once, N responses beside each ───────────────────────────────────
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the policy reads it, and what the data set answers to it."""
+
+    text: str
+    tokens: list[int]
+    reference: str | None = None  # the data set's completion, or else its chosen response
+    rejected: str | None = None
+    messages: list[dict] | None = None  # set when the data set holds chat messages
+
+
+@dataclass
+class Batch:
+    """`batch[rows]` cuts out prompts with all their responses."""
+
+    prompts: list[Prompt]
+    prompt_tokens: Tensor  # [P, L] left-padded
+    prompt_mask: Tensor  # [P, L] True on prompt tokens
+    response_tokens: Tensor  # [P, N, T] right-padded
+    response_mask: Tensor  # [P, N, T] True up to and including the first end token
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def pad(rows: list[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(tokens, mask), [rows, longest] each. Token 0 fills up: a mask, never a token, hides it."""
+    tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return tuple(pad_sequence(x, True, 0, side).to(device) for x in (tokens, mask))
+
+
+def make_batch(prompts: list[Prompt], prompt_ids: list[list[int]],
+               response_ids: list[list[list[int]]], device: torch.device) -> Batch:
+    """Batch of P prompts from their token lists [P] and those of their responses [P][N]."""
+    responses = pad([ids for group in response_ids for ids in group], "right", device)
+    responses = [x.view(len(prompts), len(response_ids[0]), -1) for x in responses]
+    return Batch(prompts, *pad(prompt_ids, "left", device), *responses)
+
+
+def encode_responses(tokenizer, policy, prompts: list[Prompt], texts: list[list[str]]) -> Batch:
+    """Batch of given responses, texts [P][N], each closed by the policy's end token."""
+    ids = [[tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_tokens[:1]
+            for text in group] for group in texts]
+    return make_batch(prompts, [prompt.tokens for prompt in prompts], ids, policy.device)
+
+
+def micro_batches(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` prompts that cover `count` prompts; size 0 = all at once."""
+    return [slice(at, at + (size or count)) for at in range(0, count, size or count)]
+
+
+# ── A row of a model: [prompt | response 1 | … | response N] ──────────────────────────────────────
+def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tensor, offset: Tensor,
+             cache: Cache | None = None) -> Tensor:
+    """Last hidden states [P, Q, D] of `tokens` [P, Q], which fill the row's slots from `start`.
+
+    Behind the prompt, slot i belongs to response `owner[i]` (1 to N) and lies `offset[i]` tokens
+    after the prompt; both are [S - L]. A policy on plain rows gives its own logits [P, Q, V]
+    instead, since its head may be as unusual as its mask.
+    """
+    asking = slice(start, start + tokens.shape[1])
+    in_prompt = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    position = torch.cat([in_prompt, prompt_mask.sum(1, keepdim=True) + offset], 1)  # [P, S]
+    valid = F.pad(prompt_mask, (0, len(owner)), value=True)
+    if model.shared_rows:
+        segment = F.pad(owner, (prompt_mask.shape[1], 0))  # [S], 0 = prompt
+        behind = position[:, asking, None] - position[:, None, :]  # [P, Q, S] tokens
+        visible = (behind >= 0) & valid[:, None] & (
+            (segment == 0) | (segment == segment[asking, None]))
+        # A padded slot sees itself: a row of softmax with nothing to see would be NaN.
+        itself = torch.eye(len(segment), dtype=torch.bool, device=segment.device)[asking]
+        additive = functools.partial(_additive, torch.bfloat16 if model.mixed else model.dtype)
+        config = model.config.get_text_config()
+        mask = additive(visible | itself)
+        if getattr(config, "sliding_window", None):
+            # A window counts position ids, not slots: response N lies far behind its prompt.
+            windowed = additive((visible & (behind < config.sliding_window)) | itself)
+            mixes = getattr(config, "layer_types", None)
+            mask = {"full_attention": mask, "sliding_attention": windowed} if mixes else windowed
+    else:
+        mask = valid[:, : asking.stop].long()
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": position[:, asking],
+              "past_key_values": cache, "use_cache": cache is not None}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
+        if model.shared_rows or hasattr(model, "score"):
+            return model.base_model(**inputs).last_hidden_state
+        return model(**inputs).logits
+
+
+def _additive(dtype: torch.dtype, visible: Tensor) -> Tensor:
+    """[P, Q, S] as [P, 1, Q, S] to add to attention scores; eager attention takes no boolean one."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _head(model, states: Tensor) -> Tensor:
+    """Logits [..., V] in fp32 of what `_forward` gave."""
+    if model.shared_rows:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
+            states = model.get_output_embeddings()(states)
+            cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+            states = torch.tanh(states / cap) * cap if cap else states
+    return states.float()
+
+
+def _response_states(model, batch: Batch, tokens: Tensor) -> Tensor:
+    """States [P, N, t + 1, …] at the prompt's last token and at `tokens` [P, N, t], the first t of
+    each response: state i is what the model knows before response token i."""
+    (count, n, t), width = tokens.shape, tokens.shape[1] if model.shared_rows else 1
+    prompt, mask = (x.repeat_interleave(n // width, 0)
+                    for x in (batch.prompt_tokens, batch.prompt_mask))
+    owner = torch.arange(1, width + 1, device=tokens.device).repeat_interleave(t)
+    offset = torch.arange(t, device=tokens.device).repeat(width)
+    row = torch.cat([prompt, tokens.reshape(-1, width * t)], 1)
+    states = _forward(model, row, 0, mask, owner, offset)
+    before, inside = states.split([prompt.shape[1], width * t], 1)
+    first = before[:, None, -1:].expand(-1, width, -1, -1)
+    inside = inside.reshape(len(row), width, t, -1)
+    return torch.cat([first, inside], 2).view(count, n, t + 1, -1)
+
+
+def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sums over each response's tokens, [P, N] each, in nats: its log-prob (with gradient), and the
+    entropies of the next-token distributions it passed through (without).
+
+    The end token counts once, nothing after it counts. The vocabulary head runs on response tokens
+    only, in chunks whose logits are computed again in the backward pass and never held together.
+    """
+    mask, targets = batch.response_mask, batch.response_tokens[batch.response_mask]  # [tokens]
+    states = _response_states(model, batch, batch.response_tokens[..., :-1])[mask]  # [tokens, D]
+
+    def read(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = F.log_softmax(_head(model, states) / temperature, dim=-1)
+        with torch.no_grad():
+            entropy = torch.special.entr(logprobs.exp()).sum(-1)
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+    rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
+    if len(targets) > rows:
+        read = functools.partial(checkpoint, read, use_reentrant=False)
+    pieces = [read(*piece) for piece in zip(states.split(rows), targets.split(rows))]
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(x)).sum(-1) for x in zip(*pieces))
+    return logprobs, entropy
+
+
+@torch.no_grad()
+def logprobs(model, batch: Batch, temperature: float, micro_batch: int = 0) -> Tensor:
+    """Log-probs [P, N] of whole responses in nats, without gradient, `micro_batch` prompts a pass."""
+    slices = micro_batches(len(batch.prompts), micro_batch)
+    return torch.cat([logprobs_and_entropy(model, batch[s], temperature)[0] for s in slices])
+
+
+@torch.no_grad()
+def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: float,
+           seed: int) -> tuple[Batch, Tensor]:
+    """Draws n responses a prompt from softmax(logits / temperature) and nothing else: no top-k, no
+    top-p, no penalty, whatever the checkpoint's generation defaults say.
+
+    The prompt is computed once; each step then feeds one token of each of the n responses as n
+    queries of the prompt's own row. Returns the batch and, [P, N, T], the log-probs of its tokens
+    as they were drawn (0 after the end).
+    """
+    device, width = model.device, n if model.shared_rows else 1
+    prompt, prompt_mask = pad([prompt.tokens for prompt in prompts], "left", device)
+    row, mask = (x.repeat_interleave(n // width, 0) for x in (prompt, prompt_mask))
+    owner = torch.arange(1, width + 1, device=device).repeat(max_tokens)
+    offset = torch.arange(max_tokens, device=device).repeat_interleave(width)
+    length, slots = row.shape[1], row.shape[1] + len(owner)
+    cache = (Cache(layer_class_to_replicate=functools.partial(StaticLayer, slots))
+             if model.shared_rows else DynamicCache(config=model.config))
+    generator = torch.Generator(device).manual_seed(seed)
+    end = torch.tensor(model.end_tokens, device=device)
+    alive, steps = torch.ones(len(row), width, dtype=torch.bool, device=device), []
+    states = _forward(model, row, 0, mask, owner, offset, cache)[:, -1:]
+    for t in range(max_tokens):
+        token_logprobs = F.log_softmax(_head(model, states) / temperature, dim=-1)
+        token_logprobs = token_logprobs.expand(-1, width, -1)  # [P, N, V], also behind the prompt
+        # Gumbel-max: the argmax of log p - log(an Exp(1) draw) is an exact draw from p.
+        noise = torch.empty(token_logprobs.shape, device=device).exponential_(generator=generator)
+        token = (token_logprobs - noise.log()).argmax(-1)  # [P, N]
+        drawn = token_logprobs.gather(-1, token[..., None])[..., 0]
+        steps.append((token.where(alive, 0), alive, drawn.where(alive, 0.0)))
+        alive = alive & ~torch.isin(token, end)
+        # Asking a GPU whether all have ended stalls it: ask at every eighth token.
+        if t + 1 == max_tokens or (device.type == "cpu" or t % 8 == 7) and not alive.any():
+            break
+        states = _forward(model, token, length + t * width, mask, owner, offset, cache)
+    tokens, alive, drawn = (torch.stack(x, -1).view(len(prompts), n, -1) for x in zip(*steps))
+    longest = int(alive.sum(-1).max())
+    batch = Batch(prompts, prompt, prompt_mask, tokens[..., :longest], alive[..., :longest])
+    return batch, drawn[..., :longest]
+
+
+# ── Rewards ───────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class RewardModel:
+    """A sequence classifier with one label, its tokenizer, and the policy's that it reads from."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    policy_tokenizer: transformers.PreTrainedTokenizerBase
+    policy_ends: list[int]
+    add_end: bool  # close a response that ended, as the reward model was trained to see it
+
+    def read(self, batch: Batch) -> Batch:
+        """The batch in the reward model's own tokens and template."""
+        own, theirs, prompts = self.tokenizer, self.policy_tokenizer, batch.prompts
+        same = (own.get_vocab() == theirs.get_vocab() and own.chat_template == theirs.chat_template
+                and own(prompts[0].text)["input_ids"] == theirs(prompts[0].text)["input_ids"])
+        closing = own.eos_token
+        if messages := prompts[0].messages:  # a chat template closes the turn in its own way
+            turn = [*messages, {"role": "assistant", "content": "<answer>"}]
+            closing = own.apply_chat_template(turn, tokenize=False).rpartition("<answer>")[2]
+        closing = own(closing, add_special_tokens=False)["input_ids"] * self.add_end
+        prompt_ids = [prompt.tokens if same else
+                      encode_prompt(own, prompt.messages or prompt.text)[1] for prompt in prompts]
+        response_ids = []
+        for group in zip(batch.response_tokens.cpu(), batch.response_mask.cpu()):
+            ids = [tokens[mask].tolist() for tokens, mask in zip(*group)]
+            ended = [response[-1] in self.policy_ends for response in ids]
+            ids = [response[: len(response) - end] for response, end in zip(ids, ended)]
+            if not same:
+                texts = theirs.batch_decode(ids, skip_special_tokens=True)
+                ids = own(texts, add_special_tokens=False)["input_ids"]
+            response_ids.append([ids + closing * end for ids, end in zip(ids, ended)])
+        return make_batch(prompts, prompt_ids, response_ids, self.model.device)
+
+
+def _scores(model, batch: Batch) -> Tensor:
+    """Rewards [P, N] in fp32, read at the last attended token of each response. (The classifiers of
+    transformers look for the last token that is no pad token: one too early where pad = end.)"""
+    longest = int((batch.prompt_mask.sum(1) + batch.response_mask.sum(-1).amax(1)).max())
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+    require(longest <= limit, f"--reward-model: its context of {limit} tokens is shorter than a "
+            f"prompt and response of {longest}; lower --max-prompt-tokens or --max-response-tokens")
+    states = _response_states(model, batch, batch.response_tokens)  # [P, N, T + 1, D]
+    last = batch.response_mask.sum(-1)[..., None, None].expand(-1, -1, 1, states.shape[-1])
+    return model.score(states.gather(2, last)[:, :, 0].float())[..., 0]
+
+
+@torch.no_grad()
+def score(reward_model: RewardModel, batch: Batch, micro_batch: int = 0) -> Tensor:
+    """Rewards [P, N] in reward units, `micro_batch` prompts a pass."""
+    slices = micro_batches(len(batch.prompts), micro_batch)
+    return torch.cat([_scores(reward_model.model, reward_model.read(batch[s])) for s in slices])
+
+
+# ── Loading ───────────────────────────────────────────────────────────────────────────────────────
+def find(flag: str, name: str) -> str:
+    """A path from the working directory, or else from this file's folder, or else a hub name."""
+    for path in (Path(name).expanduser(), ROOT / name):
+        if path.exists():
+            return str(path)
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
+    require(not local, f"{flag} {name}: no such file or folder")
+    return name
+
+
+def load(flag: str, name: str, loader, **options):
+    """A part of a checkpoint: no remote code, and any failure is one line."""
+    try:
+        return loader.from_pretrained(find(flag, name), trust_remote_code=False, **options)
+    except Exception as error:  # the libraries do not document what a bad checkpoint raises
+        require(False, f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
+
+
+def load_tokenizer(flag: str, name: str):
+    """The tokenizer of a checkpoint; it needs an end token, and no pad token."""
+    tokenizer = load(flag, name, transformers.AutoTokenizer)
+    require(tokenizer.eos_token_id is not None, f"{flag} {name}: its tokenizer has no end token, so "
+            "no response could end; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def load_model(run: "Run", flag: str, name: str, loader, dtype: torch.dtype):
+    """A model from safetensors, on the run's device, without dropout: it would break log-ratios."""
+    model, info = load(flag, name, loader, dtype=dtype, use_safetensors=True,
+                       output_loading_info=True)
+    missing = ", ".join(sorted(info["missing_keys"])[:3])
+    require(not missing, f"{flag} {name}: a {type(model).__name__} needs {missing}, which the "
+            "checkpoint lacks")
+    model.to(run.device).eval()
+    model.mixed = dtype == torch.float32 and run.device.type == "cuda" and run.args.dtype == "mixed"
+    _choose_rows(flag, name, model)
+    return model
+
+
+@torch.no_grad()
+def _choose_rows(flag: str, name: str, model) -> None:
+    """Sets `model.shared_rows` by trying: two padded prompts with two responses each must give what
+    the model itself says at the end of each of the four rows alone."""
+    config = model.config.get_text_config()
+    ids = [i * i % config.vocab_size for i in range(5, 60)]
+    ids = [i for i in ids if i != config.pad_token_id]
+    prompts, responses = [ids[:5], ids[5:8]], [[ids[8:12], ids[12:14]], [ids[14:18], ids[18:20]]]
+    batch = make_batch([Prompt("", p) for p in prompts], prompts, responses, model.device)
+    rows = [torch.tensor([p + r], device=model.device) for p, g in zip(prompts, responses) for r in g]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
+        own = torch.stack([model(row).logits[0, -1].float() for row in rows])
+    for model.shared_rows in (True, False):
+        try:
+            states = _response_states(model, batch, batch.response_tokens).flatten(0, 1)
+            states = states[torch.arange(4), batch.response_mask.sum(-1).flatten()]
+            ours = model.score(states)[:, 0] if hasattr(model, "score") else _head(model, states)
+            problem = f"off by {(ours - own).abs().max():.1e}"
+            exact = model.dtype == torch.float32 and not model.mixed
+            if torch.allclose(ours, own, rtol=0, atol=1e-3 if exact else 0.25):
+                return
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            problem = f"{type(error).__name__} {error}"
+        if model.shared_rows:
+            print(f"{flag} {name}: cannot share a prompt's row ({problem:.200}); falling back to "
+                  "plain rows, which compute each prompt N times", file=sys.stderr)
+    require(False, f"{flag} {name}: padded rows do not give the numbers of single rows ({problem})")
+
+
+def load_policy(run: "Run", tokenizer):
+    """The model of --policy; its `end_tokens` are the tokens that end a response."""
+    args, name = run.args, run.args.policy
+    config = load("--policy", name, transformers.AutoConfig).get_text_config()
+    need = args.max_prompt_tokens + args.max_response_tokens
+    limit = getattr(config, "max_position_embeddings", need)
+    require(need <= limit, f"--policy {name}: its context of {limit} tokens is shorter than "
+            f"--max-prompt-tokens + --max-response-tokens = {need}; lower one of them")
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    policy = load_model(run, "--policy", name, transformers.AutoModelForCausalLM, dtype)
+    ends = policy.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    policy.end_tokens = list(dict.fromkeys(end for end in ends if end is not None))
+    return policy
+
+
+def load_reward_model(run: "Run", policy, policy_tokenizer) -> RewardModel:
+    """The frozen RewardModel of --reward-model, in bfloat16 on a GPU."""
+    name, flag = run.args.reward_model, "--reward-model"
+    labels = load(flag, name, transformers.AutoConfig).num_labels
+    require(labels == 1, f"{flag} {name}: num_labels is {labels}, but a reward is one number")
+    tokenizer = load_tokenizer(flag, name)
+    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    loader = transformers.AutoModelForSequenceClassification
+    model = load_model(run, flag, name, loader, dtype).requires_grad_(False)
+    require(hasattr(model, "score"), f"{flag} {name}: a {type(model).__name__} does not score the "
+            "end of a text; take a decoder's sequence classifier")
+    model.score.float()  # in bfloat16, rewards near 5 come in steps of 0.03 and are full of ties
+    return RewardModel(model, tokenizer, policy_tokenizer, policy.end_tokens, run.args.reward_eos)
+
+
+# ── Prompts ───────────────────────────────────────────────────────────────────────────────────────
+def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
+    """(text, tokens) of a prompt with one start token, where there is one, and no end token. Chat
+    messages go through the tokenizer's template, which writes the start token itself."""
+    if isinstance(prompt, list):
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens, bare = (tokenizer(prompt, add_special_tokens=x)["input_ids"] for x in (True, False))
+    return prompt, tokens[:-1] if tokens[-1:] != bare[-1:] else tokens
+
+
+def split_row(row: dict, number: int) -> tuple[str | list[dict], str | None, str | None]:
+    """(prompt, reference, rejected) of a row with columns prompt (+ completion), or prompt, chosen,
+    rejected, or chosen, rejected with the prompt in both; each as text or as chat messages."""
+    prompt, rejected = row.get("prompt"), row.get("rejected")
+    reference = row.get("completion", row.get("chosen"))
+    if prompt is None and isinstance(reference, str) and isinstance(rejected, str):
+        # Two transcripts: the prompt is what they share, up to the assistant's last turn.
+        shared, turn = os.path.commonprefix([reference, rejected]), "\n\nAssistant:"
+        cut = shared.rfind(turn) + len(turn) if turn in shared else shared.rfind(" ") + 1
+        prompt, reference, rejected = reference[:cut], reference[cut:], rejected[cut:]
+    if isinstance(reference, list) and not isinstance(prompt, list):
+        prompt = reference[:-1]
+    reference, rejected = (answer[-1]["content"] if isinstance(answer, list) and answer else answer
+                           for answer in (reference, rejected))
+    require(isinstance(prompt, str | list) and isinstance(reference, str | None),
+            f"--dataset: row {number} has a {type(prompt).__name__} as prompt and a "
+            f"{type(reference).__name__} as completion; text or lists of chat messages are needed")
+    return prompt, reference, rejected
+
+
+def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) -> list[Prompt]:
+    """The first `most` usable prompts of `rows` in the given order. Dropped and counted are empty
+    prompts, empty completions and prompts longer than --max-prompt-tokens."""
+    kept, empty, long = [], 0, 0
+    for i in order:
+        prompt, reference, rejected = split_row(rows[i], i)
+        messages = prompt if isinstance(prompt, list) else None
+        require(not messages or tokenizer.chat_template, f"--dataset {args.dataset}: holds chat "
+                f"messages, but the tokenizer of --policy {args.policy} has no chat template")
+        text, tokens = encode_prompt(tokenizer, prompt) if prompt else ("", [])
+        if not tokens or (reference is not None and not reference.strip()):
+            empty += 1
+        elif len(tokens) > args.max_prompt_tokens:
+            long += 1
+        elif len(kept) < most:
+            kept.append(Prompt(text, tokens, reference, rejected, messages))
+        else:
+            break
+    print(f"{what}: {len(kept):,} prompts; dropped {empty} with an empty prompt or completion and "
+          f"{long} longer than --max-prompt-tokens {args.max_prompt_tokens}")
+    require(kept, f"--dataset {args.dataset}: no prompt left for {what}")
+    return kept
+
+
+def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts in random order, as many as the run needs; fixed held-out prompts)."""
+    name, path = args.dataset, Path(find("--dataset", args.dataset))
+    try:
+        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
+        splits = datasets.load_dataset(kind, data_files=str(path)) if kind else datasets.load_dataset(str(path))
+    except Exception as error:  # of many kinds, by what is wrong with which file format
+        require(False, f"--dataset {name}: {str(error)[:400] or type(error).__name__}")
+    test = [split for split in splits if split.startswith(("test", "valid", "eval"))]
+    train = [split for split in splits if split not in test]
+    require(train, f"--dataset {name}: has splits {list(splits)}, and none to train on")
+    rows = splits[train[0]]
+    columns = set(rows.column_names)
+    require("prompt" in columns or {"chosen", "rejected"} <= columns, f"--dataset {name}: has columns "
+            f"{sorted(columns)}; needed are prompt (+ completion), prompt, chosen, rejected, or "
+            "chosen, rejected")
+    if not test:
+        held = min(args.eval_prompts, len(rows) // 2)
+        print(f"--dataset {name}: one split only; its last {held} rows are held out")
+        splits["test"], test = rows.select(range(len(rows) - held, len(rows))), ["test"]
+        rows = rows.select(range(len(rows) - held))
+    order = random.Random(args.seed).sample(range(len(rows)), len(rows))
+    most = args.steps * args.prompts_per_step
+    return (keep_prompts(args, tokenizer, rows, order, most, "training"), keep_prompts(
+        args, tokenizer, splits[test[0]], range(len(splits[test[0]])), args.eval_prompts, "held out"))
+
+
+def pick(prompts: list[Prompt], step: int, args, rank: int, world: int) -> list[Prompt]:
+    """This process's share of the prompts of `step` (from 1): every pass over `prompts` is in an
+    order of its own, and all processes together take the same prompts as one would."""
+    chosen = []
+    for i in range((step - 1) * args.prompts_per_step, step * args.prompts_per_step):
+        lap, at = divmod(i, len(prompts))
+        chosen.append(prompts[_order(len(prompts), seed_of(args.seed, "order", lap))[at]])
+    return chosen[rank::world]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seed_of(*parts) -> int:
+    """A seed for a generator from whatever tells its draws from all others."""
+    return random.Random(repr(parts)).getrandbits(63)
+
+
+# ── The run ───────────────────────────────────────────────────────────────────────────────────────
+def parse_args(args_class, argv: list[str] | None = None):
+    """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
+    args = tyro.cli(args_class, args=argv)
+    if args.resume:
+        path = Path(args.resume) / "args.json"
+        require(path.is_file(), f"--resume {args.resume}: not a run folder, it has no args.json")
+        about = json.loads(path.read_text())
+        script = Path(sys.modules[args_class.__module__].__file__).name
+        require(about["script"] == script, f"--resume {args.resume}: is a run of {about['script']}")
+        saved = args_class(**about["args"] | {"resume": args.resume})
+        args = tyro.cli(args_class, args=argv, default=saved)
+        changed = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                   if value != getattr(saved, name)]
+        require(not changed, f"{' '.join(changed)}: differs from the run {args.resume}; leave it out")
+    return args
+
+
+class Run:
+    """One run: its flags, process, device, folder and log."""
+
+    def __init__(self, args, script: str):
+        for name, value in vars(args).items():
+            flag = f"--{name.replace('_', '-')} {value}"
+            if isinstance(value, int | float):
+                require(0 <= value < math.inf, f"{flag}: must be a number from 0")
+            require(value or name not in POSITIVE, f"{flag}: must be more than 0")
+        self.args, self.script = args, Path(script)
+        self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
+                                        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        require(args.prompts_per_step % self.world == 0, f"--prompts-per-step "
+                f"{args.prompts_per_step}: cannot be split over {self.world} processes")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group()
+        torch.manual_seed(args.seed)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.run_dir or Path("runs", name))
+        require(args.resume or not self.folder.exists(), f"--run-dir {self.folder}: exists already; "
+                f"continue it with --resume {self.folder}, or name another")
+        self.begun, self.interrupted = time.perf_counter(), False
+
+    def open(self, state: dict) -> int:
+        """Makes the run folder; with --resume, restores `state` (models and optimizer by name) from
+        its checkpoint. Returns the number of steps done."""
+        self.state, done, args = state, 0, self.args
+        if args.resume:
+            done = self._restore()
+        elif self.rank == 0:
+            commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
+            about = {"script": self.script.name, "command": sys.argv, "args": asdict(args),
+                     "commit": commit.stdout.decode().strip(), "device": str(self.device),
+                     "versions": {x.__name__: x.__version__ for x in (torch, transformers, datasets)}}
+            (self.folder / "plots").mkdir(parents=True)
+            (self.folder / "args.json").write_text(json.dumps(about, indent=2))
+            shutil.copy(self.script, self.folder)
+            shutil.copy(__file__, self.folder)
+        if self.rank == 0:
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
+            self.tracker = None if args.track == "none" else importlib.import_module(args.track)
+            if self.tracker:
+                self.tracker.init(project="alignment", name=self.folder.name, config=asdict(args))
+        silent = self.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=args.steps, initial=done, disable=silent)
+
+        def interrupt(*_):  # the first Ctrl-C ends the run after this step, the second at once
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, interrupt)
+        return done
+
+    def _restore(self) -> int:
+        path, done = self.folder / "checkpoint" / "state.pt", 0
+        if path.exists():  # else the run was ended before its first checkpoint: it starts anew
+            try:
+                saved = torch.load(path, map_location=self.device, weights_only=True)
+                done = saved.pop("step")
+                for name, part in self.state.items():
+                    part.load_state_dict(saved[name])
+            except Exception as error:  # a damaged file fails in as many ways as it has bytes
+                require(False, f"--resume {self.folder}: {path} is cut short, damaged or of another "
+                        f"script ({type(error).__name__})")
+        for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            kept = [x for x in lines if x.endswith("\n") and path.exists()
+                    and json.loads(x)["step"] <= done]
+            log.write_text("".join(kept))
+        return done
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint beside the old one, then takes its place: a kill leaves one whole."""
+        path = self.folder / "checkpoint" / "state.pt"
+        path.parent.mkdir(exist_ok=True)
+        with open(path.with_suffix(".new"), "wb") as file:
+            torch.save({"step": step} | {k: v.state_dict() for k, v in self.state.items()}, file)
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".new"), path)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over all processes of a tensor that each of them has."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
+        """A line of metrics.jsonl and TensorBoard, means over processes; lines of samples.jsonl."""
+        values = self.mean(torch.tensor([float(x) for x in metrics.values()], dtype=torch.float64))
+        metrics = {k: None if math.isnan(v) else v for k, v in zip(metrics, values.tolist())}
+        if self.rank:
+            return
+        for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
+            with open(self.folder / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        shown = {k: v for k, v in metrics.items() if v is not None}
+        for name, value in shown.items():
+            self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(shown, step=step)
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str("  ".join(f"{k} {shown[k]:.3f}" for k in HEADLINE if k in shown))
+        if "eval/reward" in shown:
+            tqdm.write(f"step {step:5}  " + "  ".join(
+                f"{k[5:]} {v:.3f}" for k, v in shown.items() if k.startswith("eval/")))
+
+    def close(self, policy, tokenizer) -> None:
+        """Writes final/ and the plot, shows samples of the first and the last evaluation."""
+        if self.rank == 0:
+            self.bar.close()
+            self.board.close()
+            new, final = self.folder / "final.new", self.folder / "final"
+            for part in (policy, tokenizer):
+                part.save_pretrained(new)
+            shutil.rmtree(final, ignore_errors=True)
+            new.rename(final)
+            plot(self.folder)
+            show_samples(self.folder)
+            print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png, final/ after "
+                  f"{time.perf_counter() - self.begun:.0f} s")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def show_samples(folder: Path, count: int = 3) -> None:
+    """Prints what the policy answered to the first held-out prompts before and after."""
+    lines = read_lines(folder / "samples.jsonl")
+    first, last = ([x for x in lines if x["step"] == lines[end]["step"]] for end in (0, -1))
+    for before, after in list(zip(first, last))[:count]:
+        rows = {"prompt": before["prompt"], f"before {before['reward']:+.2f}": before["response"],
+                f"after  {after['reward']:+.2f}": after["response"]}
+        for label, text in rows.items():
+            print(textwrap.fill(f"{label:15}{text}", 100, subsequent_indent=" " * 15))
+        print()
+
+
+def plot(folder: Path) -> None:
+    """plots/training.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_lines(folder / "metrics.jsonl")
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, PANELS.items()):
+        for key in keys:
+            points = [(x["step"], x[key]) for x in lines if x.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points), "o-" if key.startswith("eval") else "-", label=key, ms=4)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(folder / "plots" / "training.png", dpi=100)
+    pyplot.close(figure)
+
+
+def evaluate(run: Run, step: int, policy, base, reward_model: RewardModel,
+             prompts: list[Prompt]) -> tuple[dict, list[dict]]:
+    """(metrics, samples): one response to each held-out prompt, drawn with the same noise at every
+    evaluation, against the data set's own completions. eval/kl is the policy's KL from `base`."""
+    args, totals, samples = run.args, [], []
+    prompts = prompts[run.rank :: run.world]
+    for rows in micro_batches(len(prompts), 2 * args.prompts_per_step):
+        part = prompts[rows]
+        seed = seed_of(args.seed, "evaluate", run.rank, rows.start)
+        batch, _ = sample(policy, part, 1, args.max_response_tokens, args.temperature, seed)
+        rewards = score(reward_model, batch, args.micro_batch)[:, 0]
+        kl = (logprobs(policy, batch, args.temperature, args.micro_batch)
+              - logprobs(base, batch, args.temperature, args.micro_batch))[:, 0]
+        references, wins = torch.full_like(rewards, math.nan), torch.full_like(rewards, math.nan)
+        if all(prompt.reference is not None for prompt in part):
+            texts = [[prompt.reference] for prompt in part]
+            given = encode_responses(reward_model.policy_tokenizer, policy, part, texts)
+            references = score(reward_model, given, args.micro_batch)[:, 0]
+            wins = (rewards > references) + 0.5 * (rewards == references)
+        mask = batch.response_mask[:, 0]
+        last = batch.response_tokens[:, 0].gather(1, mask.sum(1, keepdim=True) - 1)
+        ended = torch.isin(last[:, 0], torch.tensor(policy.end_tokens, device=last.device))
+        totals.append(torch.stack([rewards, kl, wins, mask.sum(1), ended.float()]))
+        texts = reward_model.policy_tokenizer.batch_decode(
+            [tokens[m] for tokens, m in zip(batch.response_tokens[:, 0], mask)], skip_special_tokens=True)
+        samples += [{"step": step, "prompt": p.text, "response": text, "reward": reward,
+                     "reference": p.reference, "reference_reward": reference} for
+                    p, text, reward, reference in zip(part, texts, rewards.tolist(), references.tolist())]
+    names = ("eval/reward", "eval/kl", "eval/win_rate", "eval/length", "eval/eos_rate")
+    return dict(zip(names, torch.cat(totals, 1).double().mean(1).tolist())), samples
