@@ -177,7 +177,7 @@ def main(args: Args) -> dict[str, float]:
                 common.require_finite(loss, "the loss", batch[rows])
                 (loss.sum() / len(prompts)).backward()
                 passes.append((logprobs.detach(), entropy, loss.detach()))
-            run.average_gradients(policy)
+            run.average([p.grad for p in policy.parameters()])
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -209,8 +209,11 @@ def main(args: Args) -> dict[str, float]:
         # ── save ──
         if step % args.save_every == 0 or step == args.steps or run.interrupted:
             run.save(step)
-            if run.interrupted:
-                ...
+        if run.interrupted:
+            common.require(False, f"interrupted after step {step}; go on with: "
+                           f"python {run.script.name} --resume {run.folder}")
+
+    # ── finish ──
     run.close(policy, tokenizer)
     return evaluation
 

@@ -1,16 +1,15 @@
-"""What all scripts need and none explains: prompts, sampling, log-probs, reward scores, run log.
+"""What all scripts need and none explains: prompts, sampling, log-probs, rewards, the run's log.
 
-Shapes: P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row,
-Q queries, D hidden size, V vocabulary. Log-probs: nats, fp32, at the sampling temperature.
+P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row, Q queries,
+D hidden size, V vocabulary. Log-probs are in nats, in fp32, at the sampling temperature.
 
 One idea shapes every signature: a prompt is held ONCE, with its N responses beside it. A row fed to
 a model is [prompt | response 1 | … | response N]; the mask lets a response see the prompt and
 itself only, and position ids restart after the prompt. The prompt is so computed, stored and read
-once and not N times. Loading a model tries on a small example whether it gives the same numbers
-this way as on plain rows; one that does not is fed plain rows, and a line says so.
+once and not N times. Loading a model tries on a small example whether it gives the same numbers this
+way as on plain rows; one that does not is fed plain rows, and a line says so.
 
-No line here knows a training method: the scripts import this file, it imports none of them.
-All randomness is a function of (seed, step, rank), so a resumed run needs no random state.
+All randomness is a function of (seed, step, rank): a resumed run needs no random state.
 """
 
 import functools
@@ -44,14 +43,15 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 ROOT = Path(__file__).resolve().parent
 MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
-POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
-            "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
-            "eval_prompts", "save_every")
-HEADLINE = ("reward/mean", "kl/ref", "eval/win_rate")
-PANELS = {"reward": ("reward/mean", "eval/reward"), "win rate against the references":
-          ("eval/win_rate",), "KL from the start model, nats": ("kl/ref", "eval/kl"),
-          "tokens a response": ("length/mean", "eval/length"),
-          "entropy a token, nats": ("entropy/token",), "loss": ("loss",)}
+SHARED_FLAGS = 23  # the fields every Args begins with; a script's own checks cover the rest
+HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
+PANELS = {"reward": ("reward/mean", "eval/reward"), "win rate": ("eval/win_rate",),
+          "KL from the start model, nats": ("kl/ref", "eval/kl"), "loss": ("loss",),
+          "tokens a response": ("length/mean", "eval/length"), "entropy, nats a token":
+          ("entropy/token",)}
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.disable_progress_bars()
 
 
 def require(condition: bool, message: str) -> None:
@@ -63,9 +63,9 @@ def require(condition: bool, message: str) -> None:
 
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
-    for prompt, good in zip(batch.prompts, torch.isfinite(values).view(len(values), -1).all(1)):
-        require(good, f"{what} is NaN or infinite for the prompt {prompt.text!r}; the run stops here, "
-                "its last checkpoint is kept")
+    for prompt, good in zip(batch.prompts, values.isfinite().view(len(values), -1).all(1).tolist()):
+        require(good, f"{what} is NaN or infinite for the prompt {prompt.text!r}; the run stops, its "
+                "last checkpoint is kept")
 
 
 # ── A batch: P prompts, each held once, N responses beside each ───────────────────────────────────
@@ -105,7 +105,7 @@ def make_batch(prompts: list[Prompt], prompt_ids: list[list[int]],
                response_ids: list[list[list[int]]], device: torch.device) -> Batch:
     """Batch of P prompts from their token lists [P] and those of their responses [P][N]."""
     responses = pad([ids for group in response_ids for ids in group], "right", device)
-    responses = [x.view(len(prompts), len(response_ids[0]), -1) for x in responses]
+    responses = (x.view(len(prompts), len(response_ids[0]), -1) for x in responses)
     return Batch(prompts, *pad(prompt_ids, "left", device), *responses)
 
 
@@ -134,23 +134,19 @@ def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tens
     in_prompt = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     position = torch.cat([in_prompt, prompt_mask.sum(1, keepdim=True) + offset], 1)  # [P, S]
     valid = F.pad(prompt_mask, (0, len(owner)), value=True)
+    mask = valid[:, : asking.stop].long()
     if model.shared_rows:
         segment = F.pad(owner, (prompt_mask.shape[1], 0))  # [S], 0 = prompt
         behind = position[:, asking, None] - position[:, None, :]  # [P, Q, S] tokens
-        visible = (behind >= 0) & valid[:, None] & (
-            (segment == 0) | (segment == segment[asking, None]))
-        # A padded slot sees itself: a row of softmax with nothing to see would be NaN.
-        itself = torch.eye(len(segment), dtype=torch.bool, device=segment.device)[asking]
-        additive = functools.partial(_additive, torch.bfloat16 if model.mixed else model.dtype)
+        own = (segment == 0) | (segment == segment[asking, None])  # [Q, S]
+        visible = (behind >= 0) & own & valid[:, None]
+        mask = _additive(model, visible, asking)
         config = model.config.get_text_config()
-        mask = additive(visible | itself)
         if getattr(config, "sliding_window", None):
-            # A window counts position ids, not slots: response N lies far behind its prompt.
-            windowed = additive((visible & (behind < config.sliding_window)) | itself)
+            # A window counts position ids, not slots: response N lies many slots off its prompt.
+            near = _additive(model, visible & (behind < config.sliding_window), asking)
             mixes = getattr(config, "layer_types", None)
-            mask = {"full_attention": mask, "sliding_attention": windowed} if mixes else windowed
-    else:
-        mask = valid[:, : asking.stop].long()
+            mask = {"full_attention": mask, "sliding_attention": near} if mixes else near
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": position[:, asking],
               "past_key_values": cache, "use_cache": cache is not None}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
@@ -159,10 +155,13 @@ def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tens
         return model(**inputs).logits
 
 
-def _additive(dtype: torch.dtype, visible: Tensor) -> Tensor:
-    """[P, Q, S] as [P, 1, Q, S] to add to attention scores; eager attention takes no boolean one."""
+def _additive(model, visible: Tensor, asking: slice) -> Tensor:
+    """What to add to attention scores, [P, 1, Q, S]: eager attention takes no boolean mask. A slot
+    always sees itself, as a padded one sees nothing else and its softmax would be NaN."""
+    itself = torch.eye(visible.shape[2], dtype=torch.bool, device=visible.device)[asking]
+    dtype = torch.bfloat16 if model.mixed else model.dtype
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    return mask.masked_fill_(~(visible | itself), torch.finfo(dtype).min)[:, None]
 
 
 def _head(model, states: Tensor) -> Tensor:
@@ -183,12 +182,11 @@ def _response_states(model, batch: Batch, tokens: Tensor) -> Tensor:
                     for x in (batch.prompt_tokens, batch.prompt_mask))
     owner = torch.arange(1, width + 1, device=tokens.device).repeat_interleave(t)
     offset = torch.arange(t, device=tokens.device).repeat(width)
-    row = torch.cat([prompt, tokens.reshape(-1, width * t)], 1)
+    row = torch.cat([prompt, tokens.reshape(len(prompt), -1)], 1)
     states = _forward(model, row, 0, mask, owner, offset)
     before, inside = states.split([prompt.shape[1], width * t], 1)
     first = before[:, None, -1:].expand(-1, width, -1, -1)
-    inside = inside.reshape(len(row), width, t, -1)
-    return torch.cat([first, inside], 2).view(count, n, t + 1, -1)
+    return torch.cat([first, inside.reshape(len(row), width, t, -1)], 2).view(count, n, t + 1, -1)
 
 
 def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -238,9 +236,9 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
     row, mask = (x.repeat_interleave(n // width, 0) for x in (prompt, prompt_mask))
     owner = torch.arange(1, width + 1, device=device).repeat(max_tokens)
     offset = torch.arange(max_tokens, device=device).repeat_interleave(width)
-    length, slots = row.shape[1], row.shape[1] + len(owner)
-    cache = (Cache(layer_class_to_replicate=functools.partial(StaticLayer, slots))
-             if model.shared_rows else DynamicCache(config=model.config))
+    layer = functools.partial(StaticLayer, row.shape[1] + len(owner))
+    cache = (Cache(layer_class_to_replicate=layer) if model.shared_rows
+             else DynamicCache(config=model.config))
     generator = torch.Generator(device).manual_seed(seed)
     end = torch.tensor(model.end_tokens, device=device)
     alive, steps = torch.ones(len(row), width, dtype=torch.bool, device=device), []
@@ -257,22 +255,28 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
         # Asking a GPU whether all have ended stalls it: ask at every eighth token.
         if t + 1 == max_tokens or (device.type == "cpu" or t % 8 == 7) and not alive.any():
             break
-        states = _forward(model, token, length + t * width, mask, owner, offset, cache)
+        states = _forward(model, token, row.shape[1] + t * width, mask, owner, offset, cache)
     tokens, alive, drawn = (torch.stack(x, -1).view(len(prompts), n, -1) for x in zip(*steps))
     longest = int(alive.sum(-1).max())
     batch = Batch(prompts, prompt, prompt_mask, tokens[..., :longest], alive[..., :longest])
     return batch, drawn[..., :longest]
 
 
+def ended(model, batch: Batch) -> Tensor:
+    """[P, N] True where a response closes with an end token, False where it was cut."""
+    last = batch.response_tokens.gather(2, batch.response_mask.sum(2, keepdim=True) - 1)[..., 0]
+    return torch.isin(last, torch.tensor(model.end_tokens, device=last.device))
+
+
 # ── Rewards ───────────────────────────────────────────────────────────────────────────────────────
 @dataclass
 class RewardModel:
-    """A sequence classifier with one label, its tokenizer, and the policy's that it reads from."""
+    """A sequence classifier with one label, its tokenizer, and the policy it reads from."""
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
+    policy: transformers.PreTrainedModel
     policy_tokenizer: transformers.PreTrainedTokenizerBase
-    policy_ends: list[int]
     add_end: bool  # close a response that ended, as the reward model was trained to see it
 
     def read(self, batch: Batch) -> Batch:
@@ -281,33 +285,32 @@ class RewardModel:
         same = (own.get_vocab() == theirs.get_vocab() and own.chat_template == theirs.chat_template
                 and own(prompts[0].text)["input_ids"] == theirs(prompts[0].text)["input_ids"])
         closing = own.eos_token
-        if messages := prompts[0].messages:  # a chat template closes the turn in its own way
-            turn = [*messages, {"role": "assistant", "content": "<answer>"}]
+        if prompts[0].messages:  # a chat template closes the turn in its own way
+            turn = [*prompts[0].messages, {"role": "assistant", "content": "<answer>"}]
             closing = own.apply_chat_template(turn, tokenize=False).rpartition("<answer>")[2]
         closing = own(closing, add_special_tokens=False)["input_ids"] * self.add_end
         prompt_ids = [prompt.tokens if same else
                       encode_prompt(own, prompt.messages or prompt.text)[1] for prompt in prompts]
         response_ids = []
-        for group in zip(batch.response_tokens.cpu(), batch.response_mask.cpu()):
-            ids = [tokens[mask].tolist() for tokens, mask in zip(*group)]
-            ended = [response[-1] in self.policy_ends for response in ids]
-            ids = [response[: len(response) - end] for response, end in zip(ids, ended)]
+        rows = (batch.response_tokens, batch.response_mask, ended(self.policy, batch))
+        for tokens, mask, ends in zip(*(x.cpu() for x in rows)):
+            ids = [t[m].tolist()[: -1 if end else None] for t, m, end in zip(tokens, mask, ends)]
             if not same:
                 texts = theirs.batch_decode(ids, skip_special_tokens=True)
                 ids = own(texts, add_special_tokens=False)["input_ids"]
-            response_ids.append([ids + closing * end for ids, end in zip(ids, ended)])
+            response_ids.append([i + closing * bool(end) for i, end in zip(ids, ends)])
         return make_batch(prompts, prompt_ids, response_ids, self.model.device)
 
 
 def _scores(model, batch: Batch) -> Tensor:
     """Rewards [P, N] in fp32, read at the last attended token of each response. (The classifiers of
     transformers look for the last token that is no pad token: one too early where pad = end.)"""
-    longest = int((batch.prompt_mask.sum(1) + batch.response_mask.sum(-1).amax(1)).max())
+    longest = int((batch.prompt_mask.sum(1) + batch.response_mask.sum(2).amax(1)).max())
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     require(longest <= limit, f"--reward-model: its context of {limit} tokens is shorter than a "
             f"prompt and response of {longest}; lower --max-prompt-tokens or --max-response-tokens")
     states = _response_states(model, batch, batch.response_tokens)  # [P, N, T + 1, D]
-    last = batch.response_mask.sum(-1)[..., None, None].expand(-1, -1, 1, states.shape[-1])
+    last = batch.response_mask.sum(2)[..., None, None].expand(-1, -1, 1, states.shape[-1])
     return model.score(states.gather(2, last)[:, :, 0].float())[..., 0]
 
 
@@ -319,35 +322,29 @@ def score(reward_model: RewardModel, batch: Batch, micro_batch: int = 0) -> Tens
 
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
-def find(flag: str, name: str) -> str:
-    """A path from the working directory, or else from this file's folder, or else a hub name."""
-    for path in (Path(name).expanduser(), ROOT / name):
-        if path.exists():
-            return str(path)
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
-    require(not local, f"{flag} {name}: no such file or folder")
-    return name
-
-
 def load(flag: str, name: str, loader, **options):
-    """A part of a checkpoint: no remote code, and any failure is one line."""
+    """`loader` on a path from here or from this file's folder, or on a hub name. No remote code
+    runs, and any failure is one line."""
+    paths = [path for path in (Path(name).expanduser(), ROOT / name) if path.exists()]
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
+    require(paths or not local, f"{flag} {name}: no such file or folder")
     try:
-        return loader.from_pretrained(find(flag, name), trust_remote_code=False, **options)
-    except Exception as error:  # the libraries do not document what a bad checkpoint raises
+        return loader(str(paths[0]) if paths else name, **options)
+    except Exception as error:  # the libraries do not document what a bad file makes them raise
         require(False, f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
 
 
 def load_tokenizer(flag: str, name: str):
-    """The tokenizer of a checkpoint; it needs an end token, and no pad token."""
-    tokenizer = load(flag, name, transformers.AutoTokenizer)
+    """The tokenizer of a checkpoint; it needs an end token, but no pad token."""
+    tokenizer = load(flag, name, transformers.AutoTokenizer.from_pretrained)
     require(tokenizer.eos_token_id is not None, f"{flag} {name}: its tokenizer has no end token, so "
             "no response could end; set eos_token in tokenizer_config.json")
     return tokenizer
 
 
-def load_model(run: "Run", flag: str, name: str, loader, dtype: torch.dtype):
+def load_model(run: "Run", flag: str, name: str, auto_class, dtype: torch.dtype):
     """A model from safetensors, on the run's device, without dropout: it would break log-ratios."""
-    model, info = load(flag, name, loader, dtype=dtype, use_safetensors=True,
+    model, info = load(flag, name, auto_class.from_pretrained, dtype=dtype, use_safetensors=True,
                        output_loading_info=True)
     missing = ", ".join(sorted(info["missing_keys"])[:3])
     require(not missing, f"{flag} {name}: a {type(model).__name__} needs {missing}, which the "
@@ -370,27 +367,26 @@ def _choose_rows(flag: str, name: str, model) -> None:
     rows = [torch.tensor([p + r], device=model.device) for p, g in zip(prompts, responses) for r in g]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
         own = torch.stack([model(row).logits[0, -1].float() for row in rows])
+    tolerance = 1e-3 if model.dtype == torch.float32 and not model.mixed else 0.25
     for model.shared_rows in (True, False):
         try:
             states = _response_states(model, batch, batch.response_tokens).flatten(0, 1)
-            states = states[torch.arange(4), batch.response_mask.sum(-1).flatten()]
+            states = states[torch.arange(4), batch.response_mask.sum(2).flatten()]
             ours = model.score(states)[:, 0] if hasattr(model, "score") else _head(model, states)
-            problem = f"off by {(ours - own).abs().max():.1e}"
-            exact = model.dtype == torch.float32 and not model.mixed
-            if torch.allclose(ours, own, rtol=0, atol=1e-3 if exact else 0.25):
+            if torch.allclose(ours.float(), own, rtol=0, atol=tolerance):
                 return
+            problem = f"off by {(ours - own).abs().max():.1e}"
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
             problem = f"{type(error).__name__} {error}"
         if model.shared_rows:
-            print(f"{flag} {name}: cannot share a prompt's row ({problem:.200}); falling back to "
-                  "plain rows, which compute each prompt N times", file=sys.stderr)
+            print(f"{flag} {name}: no shared rows ({problem:.200}); each prompt is computed N times")
     require(False, f"{flag} {name}: padded rows do not give the numbers of single rows ({problem})")
 
 
 def load_policy(run: "Run", tokenizer):
     """The model of --policy; its `end_tokens` are the tokens that end a response."""
     args, name = run.args, run.args.policy
-    config = load("--policy", name, transformers.AutoConfig).get_text_config()
+    config = load("--policy", name, transformers.AutoConfig.from_pretrained).get_text_config()
     need = args.max_prompt_tokens + args.max_response_tokens
     limit = getattr(config, "max_position_embeddings", need)
     require(need <= limit, f"--policy {name}: its context of {limit} tokens is shorter than "
@@ -405,17 +401,16 @@ def load_policy(run: "Run", tokenizer):
 
 def load_reward_model(run: "Run", policy, policy_tokenizer) -> RewardModel:
     """The frozen RewardModel of --reward-model, in bfloat16 on a GPU."""
-    name, flag = run.args.reward_model, "--reward-model"
-    labels = load(flag, name, transformers.AutoConfig).num_labels
+    flag, name = "--reward-model", run.args.reward_model
+    labels = load(flag, name, transformers.AutoConfig.from_pretrained).num_labels
     require(labels == 1, f"{flag} {name}: num_labels is {labels}, but a reward is one number")
     tokenizer = load_tokenizer(flag, name)
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    loader = transformers.AutoModelForSequenceClassification
-    model = load_model(run, flag, name, loader, dtype).requires_grad_(False)
+    model = load_model(run, flag, name, transformers.AutoModelForSequenceClassification, dtype)
     require(hasattr(model, "score"), f"{flag} {name}: a {type(model).__name__} does not score the "
             "end of a text; take a decoder's sequence classifier")
-    model.score.float()  # in bfloat16, rewards near 5 come in steps of 0.03 and are full of ties
-    return RewardModel(model, tokenizer, policy_tokenizer, policy.end_tokens, run.args.reward_eos)
+    model.requires_grad_(False).score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
+    return RewardModel(model, tokenizer, policy, policy_tokenizer, run.args.reward_eos)
 
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────
@@ -454,6 +449,8 @@ def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) 
     prompts, empty completions and prompts longer than --max-prompt-tokens."""
     kept, empty, long = [], 0, 0
     for i in order:
+        if len(kept) == most:
+            break
         prompt, reference, rejected = split_row(rows[i], i)
         messages = prompt if isinstance(prompt, list) else None
         require(not messages or tokenizer.chat_template, f"--dataset {args.dataset}: holds chat "
@@ -463,46 +460,39 @@ def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) 
             empty += 1
         elif len(tokens) > args.max_prompt_tokens:
             long += 1
-        elif len(kept) < most:
-            kept.append(Prompt(text, tokens, reference, rejected, messages))
         else:
-            break
-    print(f"{what}: {len(kept):,} prompts; dropped {empty} with an empty prompt or completion and "
+            kept.append(Prompt(text, tokens, reference, rejected, messages))
+    print(f"{len(kept):,} {what} prompts; dropped {empty} with an empty prompt or completion and "
           f"{long} longer than --max-prompt-tokens {args.max_prompt_tokens}")
-    require(kept, f"--dataset {args.dataset}: no prompt left for {what}")
+    require(kept, f"--dataset {args.dataset}: no usable {what} prompt")
     return kept
 
 
 def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts in random order, as many as the run needs; fixed held-out prompts)."""
-    name, path = args.dataset, Path(find("--dataset", args.dataset))
-    try:
-        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
-        splits = datasets.load_dataset(kind, data_files=str(path)) if kind else datasets.load_dataset(str(path))
-    except Exception as error:  # of many kinds, by what is wrong with which file format
-        require(False, f"--dataset {name}: {str(error)[:400] or type(error).__name__}")
+    name = args.dataset
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    splits = load("--dataset", name, lambda path: datasets.load_dataset(kind, data_files=path)
+                  if kind else datasets.load_dataset(path))
     test = [split for split in splits if split.startswith(("test", "valid", "eval"))]
     train = [split for split in splits if split not in test]
     require(train, f"--dataset {name}: has splits {list(splits)}, and none to train on")
-    rows = splits[train[0]]
-    columns = set(rows.column_names)
-    require("prompt" in columns or {"chosen", "rejected"} <= columns, f"--dataset {name}: has columns "
-            f"{sorted(columns)}; needed are prompt (+ completion), prompt, chosen, rejected, or "
-            "chosen, rejected")
+    rows, columns = splits[train[0]], splits[train[0]].column_names
+    require("prompt" in columns or {"chosen", "rejected"} <= set(columns), f"--dataset {name}: has "
+            f"columns {columns}; needed are prompt (+ completion), or chosen and rejected")
+    held_out = splits[test[0]] if test else None
     if not test:
         held = min(args.eval_prompts, len(rows) // 2)
-        print(f"--dataset {name}: one split only; its last {held} rows are held out")
-        splits["test"], test = rows.select(range(len(rows) - held, len(rows))), ["test"]
-        rows = rows.select(range(len(rows) - held))
+        print(f"--dataset {name}: one split only, so its last {held} rows are held out")
+        held_out, rows = rows.select(range(len(rows) - held, len(rows))), rows.select(range(len(rows) - held))
     order = random.Random(args.seed).sample(range(len(rows)), len(rows))
-    most = args.steps * args.prompts_per_step
-    return (keep_prompts(args, tokenizer, rows, order, most, "training"), keep_prompts(
-        args, tokenizer, splits[test[0]], range(len(splits[test[0]])), args.eval_prompts, "held out"))
+    return (keep_prompts(args, tokenizer, rows, order, args.steps * args.prompts_per_step, "training"),
+            keep_prompts(args, tokenizer, held_out, range(len(held_out)), args.eval_prompts, "held-out"))
 
 
 def pick(prompts: list[Prompt], step: int, args, rank: int, world: int) -> list[Prompt]:
-    """This process's share of the prompts of `step` (from 1): every pass over `prompts` is in an
-    order of its own, and all processes together take the same prompts as one would."""
+    """This process's share of the prompts of `step` (from 1). All processes together take what one
+    alone would; every lap through the prompts has an order of its own."""
     chosen = []
     for i in range((step - 1) * args.prompts_per_step, step * args.prompts_per_step):
         lap, at = divmod(i, len(prompts))
@@ -515,13 +505,6 @@ def _order(count: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, after the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def seed_of(*parts) -> int:
     """A seed for a generator from whatever tells its draws from all others."""
     return random.Random(repr(parts)).getrandbits(63)
@@ -532,61 +515,55 @@ def parse_args(args_class, argv: list[str] | None = None):
     """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
     args = tyro.cli(args_class, args=argv)
     if args.resume:
-        path = Path(args.resume) / "args.json"
+        path = Path(args.resume, "args.json")
         require(path.is_file(), f"--resume {args.resume}: not a run folder, it has no args.json")
-        about = json.loads(path.read_text())
-        script = Path(sys.modules[args_class.__module__].__file__).name
-        require(about["script"] == script, f"--resume {args.resume}: is a run of {about['script']}")
+        about, script = json.loads(path.read_text()), sys.modules[args_class.__module__].__file__
+        require(about["script"] == Path(script).name, f"--resume {args.resume}: is of {about['script']}")
         saved = args_class(**about["args"] | {"resume": args.resume})
         args = tyro.cli(args_class, args=argv, default=saved)
         changed = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value != getattr(saved, name)]
-        require(not changed, f"{' '.join(changed)}: differs from the run {args.resume}; leave it out")
+        require(not changed, f"{' '.join(changed)}: not what the run {args.resume} has; leave it out")
     return args
 
 
 class Run:
-    """One run: its flags, process, device, folder and log."""
+    """One run: its flags, process, device, folder, log and checkpoint."""
 
     def __init__(self, args, script: str):
+        may_be_0 = ("seed", "micro_batch", "warmup_steps", *list(vars(args))[SHARED_FLAGS:])
         for name, value in vars(args).items():
-            flag = f"--{name.replace('_', '-')} {value}"
-            if isinstance(value, int | float):
-                require(0 <= value < math.inf, f"{flag}: must be a number from 0")
-            require(value or name not in POSITIVE, f"{flag}: must be more than 0")
-        self.args, self.script = args, Path(script)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                require(0 <= value < math.inf and (value or name in may_be_0),
+                        f"--{name.replace('_', '-')} {value}: must be a number above 0")
+        self.args, self.script, self.begun = args, Path(script), time.perf_counter()
         self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
                                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
         require(args.prompts_per_step % self.world == 0, f"--prompts-per-step "
                 f"{args.prompts_per_step}: cannot be split over {self.world} processes")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group()
         torch.manual_seed(args.seed)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
         name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", name))
         require(args.resume or not self.folder.exists(), f"--run-dir {self.folder}: exists already; "
                 f"continue it with --resume {self.folder}, or name another")
-        self.begun, self.interrupted = time.perf_counter(), False
 
     def open(self, state: dict) -> int:
         """Makes the run folder; with --resume, restores `state` (models and optimizer by name) from
         its checkpoint. Returns the number of steps done."""
-        self.state, done, args = state, 0, self.args
-        if args.resume:
-            done = self._restore()
-        elif self.rank == 0:
-            commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
+        self.state, self.interrupted, args = state, False, self.args
+        done = self._restore() if args.resume else 0
+        if self.rank == 0 and not args.resume:
+            git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
             about = {"script": self.script.name, "command": sys.argv, "args": asdict(args),
-                     "commit": commit.stdout.decode().strip(), "device": str(self.device),
+                     "commit": git.stdout.decode().strip(), "device": str(self.device),
                      "versions": {x.__name__: x.__version__ for x in (torch, transformers, datasets)}}
             (self.folder / "plots").mkdir(parents=True)
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
-            shutil.copy(self.script, self.folder)
-            shutil.copy(__file__, self.folder)
+            for source in (self.script, __file__):
+                shutil.copy(source, self.folder)
         if self.rank == 0:
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
             self.tracker = None if args.track == "none" else importlib.import_module(args.track)
@@ -595,7 +572,7 @@ class Run:
         silent = self.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=args.steps, initial=done, disable=silent)
 
-        def interrupt(*_):  # the first Ctrl-C ends the run after this step, the second at once
+        def interrupt(*_):  # the first Ctrl-C ends the run after this step, a second one at once
             self.interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -603,11 +580,11 @@ class Run:
         return done
 
     def _restore(self) -> int:
-        path, done = self.folder / "checkpoint" / "state.pt", 0
-        if path.exists():  # else the run was ended before its first checkpoint: it starts anew
+        path, done = self.folder / "checkpoint" / "state.pt", -1
+        if path.exists():  # else the run ended before its first checkpoint, and starts anew
             try:
                 saved = torch.load(path, map_location=self.device, weights_only=True)
-                done = saved.pop("step")
+                done = saved["step"]
                 for name, part in self.state.items():
                     part.load_state_dict(saved[name])
             except Exception as error:  # a damaged file fails in as many ways as it has bytes
@@ -615,127 +592,140 @@ class Run:
                         f"script ({type(error).__name__})")
         for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            kept = [x for x in lines if x.endswith("\n") and path.exists()
-                    and json.loads(x)["step"] <= done]
-            log.write_text("".join(kept))
-        return done
+            log.write_text("".join(line for line in lines if line.endswith("\n")
+                                   and json.loads(line)["step"] <= done))
+        return max(done, 0)
 
     def save(self, step: int) -> None:
-        """Writes the checkpoint beside the old one, then takes its place: a kill leaves one whole."""
+        """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
         path = self.folder / "checkpoint" / "state.pt"
         path.parent.mkdir(exist_ok=True)
-        with open(path.with_suffix(".new"), "wb") as file:
-            torch.save({"step": step} | {k: v.state_dict() for k, v in self.state.items()}, file)
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".new"), path)
+        if self.rank == 0:
+            with open(path.with_suffix(".new"), "wb") as file:
+                torch.save({"step": step} | {k: x.state_dict() for k, x in self.state.items()}, file)
+                os.fsync(file.fileno())
+            os.replace(path.with_suffix(".new"), path)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over all processes of a tensor that each of them has."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values / self.world
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replaces tensors by their means over all processes."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
+            tensor /= self.world
 
     def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
-        """A line of metrics.jsonl and TensorBoard, means over processes; lines of samples.jsonl."""
-        values = self.mean(torch.tensor([float(x) for x in metrics.values()], dtype=torch.float64))
-        metrics = {k: None if math.isnan(v) else v for k, v in zip(metrics, values.tolist())}
+        """Writes means over processes to metrics.jsonl and TensorBoard, samples to samples.jsonl."""
+        values = torch.tensor([float(x) for x in metrics.values()], dtype=torch.float64)
+        self.average([values := values.to(self.device)])
+        metrics = {name: value for name, value in zip(metrics, values.tolist())}
         if self.rank:
             return
         for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
             with open(self.folder / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        shown = {k: v for k, v in metrics.items() if v is not None}
-        for name, value in shown.items():
+        for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         if self.tracker:
-            self.tracker.log(shown, step=step)
+            self.tracker.log(metrics, step=step)
+        shown = {name.rpartition("/")[2]: f"{x:.3f}" for name, x in metrics.items() if name in HEADLINE}
+        self.bar.set_postfix(shown)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str("  ".join(f"{k} {shown[k]:.3f}" for k in HEADLINE if k in shown))
-        if "eval/reward" in shown:
-            tqdm.write(f"step {step:5}  " + "  ".join(
-                f"{k[5:]} {v:.3f}" for k, v in shown.items() if k.startswith("eval/")))
+        if "eval/reward" in metrics:
+            tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
     def close(self, policy, tokenizer) -> None:
-        """Writes final/ and the plot, shows samples of the first and the last evaluation."""
+        """Writes final/ and the plot; shows samples of the first and the last evaluation."""
         if self.rank == 0:
             self.bar.close()
             self.board.close()
             new, final = self.folder / "final.new", self.folder / "final"
-            for part in (policy, tokenizer):
-                part.save_pretrained(new)
+            policy.save_pretrained(new)
+            tokenizer.save_pretrained(new)
             shutil.rmtree(final, ignore_errors=True)
             new.rename(final)
             plot(self.folder)
             show_samples(self.folder)
-            print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png, final/ after "
-                  f"{time.perf_counter() - self.begun:.0f} s")
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+            print(f"{self.folder}/ has metrics.jsonl, samples.jsonl, plots/training.png and final/, "
+                  f"after {time.perf_counter() - self.begun:.0f} s")
 
 
 def show_samples(folder: Path, count: int = 3) -> None:
-    """Prints what the policy answered to the first held-out prompts before and after."""
-    lines = read_lines(folder / "samples.jsonl")
-    first, last = ([x for x in lines if x["step"] == lines[end]["step"]] for end in (0, -1))
-    for before, after in list(zip(first, last))[:count]:
-        rows = {"prompt": before["prompt"], f"before {before['reward']:+.2f}": before["response"],
-                f"after  {after['reward']:+.2f}": after["response"]}
-        for label, text in rows.items():
-            print(textwrap.fill(f"{label:15}{text}", 100, subsequent_indent=" " * 15))
+    """Prints what the policy answered to the first held-out prompts, before and after."""
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    before, after = ([x for x in lines if x["step"] == lines[end]["step"]] for end in (0, -1))
+    for first, last in list(zip(before, after))[:count]:
+        for label, text in (("prompt", first["prompt"]), (f"{first['reward']:+.2f} before",
+                            first["response"]), (f"{last['reward']:+.2f} after ", last["response"])):
+            print(textwrap.fill(f"{label:>14}  {text}", 100, subsequent_indent=" " * 16))
         print()
 
 
 def plot(folder: Path) -> None:
-    """plots/training.png from metrics.jsonl."""
+    """Draws plots/training.png from metrics.jsonl."""
     import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, PANELS.items()):
         for key in keys:
-            points = [(x["step"], x[key]) for x in lines if x.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points), "o-" if key.startswith("eval") else "-", label=key, ms=4)
+            points = [(x["step"], x[key]) for x in lines if key in x]
+            axis.plot(*zip(*points), "o-" if key.startswith("eval") else "-", label=key, ms=4)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(folder / "plots" / "training.png", dpi=100)
-    pyplot.close(figure)
 
 
 def evaluate(run: Run, step: int, policy, base, reward_model: RewardModel,
              prompts: list[Prompt]) -> tuple[dict, list[dict]]:
     """(metrics, samples): one response to each held-out prompt, drawn with the same noise at every
-    evaluation, against the data set's own completions. eval/kl is the policy's KL from `base`."""
+    evaluation, against the data set's own completion. eval/kl is the policy's KL from `base`."""
     args, totals, samples = run.args, [], []
-    prompts = prompts[run.rank :: run.world]
     for rows in micro_batches(len(prompts), 2 * args.prompts_per_step):
-        part = prompts[rows]
-        seed = seed_of(args.seed, "evaluate", run.rank, rows.start)
-        batch, _ = sample(policy, part, 1, args.max_response_tokens, args.temperature, seed)
-        rewards = score(reward_model, batch, args.micro_batch)[:, 0]
-        kl = (logprobs(policy, batch, args.temperature, args.micro_batch)
-              - logprobs(base, batch, args.temperature, args.micro_batch))[:, 0]
-        references, wins = torch.full_like(rewards, math.nan), torch.full_like(rewards, math.nan)
-        if all(prompt.reference is not None for prompt in part):
-            texts = [[prompt.reference] for prompt in part]
-            given = encode_responses(reward_model.policy_tokenizer, policy, part, texts)
-            references = score(reward_model, given, args.micro_batch)[:, 0]
-            wins = (rewards > references) + 0.5 * (rewards == references)
-        mask = batch.response_mask[:, 0]
-        last = batch.response_tokens[:, 0].gather(1, mask.sum(1, keepdim=True) - 1)
-        ended = torch.isin(last[:, 0], torch.tensor(policy.end_tokens, device=last.device))
-        totals.append(torch.stack([rewards, kl, wins, mask.sum(1), ended.float()]))
+        part = prompts[rows][run.rank :: run.world]
+        batch, _ = sample(policy, part, 1, args.max_response_tokens, args.temperature,
+                          seed_of(args.seed, "evaluate", run.rank, rows.start))
+        values = {"reward": score(reward_model, batch, args.micro_batch),
+                  "kl": logprobs(policy, batch, args.temperature, args.micro_batch)
+                  - logprobs(base, batch, args.temperature, args.micro_batch),
+                  "length": batch.response_mask.sum(2), "eos_rate": ended(policy, batch)}
         texts = reward_model.policy_tokenizer.batch_decode(
-            [tokens[m] for tokens, m in zip(batch.response_tokens[:, 0], mask)], skip_special_tokens=True)
-        samples += [{"step": step, "prompt": p.text, "response": text, "reward": reward,
-                     "reference": p.reference, "reference_reward": reference} for
-                    p, text, reward, reference in zip(part, texts, rewards.tolist(), references.tolist())]
-    names = ("eval/reward", "eval/kl", "eval/win_rate", "eval/length", "eval/eos_rate")
-    return dict(zip(names, torch.cat(totals, 1).double().mean(1).tolist())), samples
+            [t[m] for t, m in zip(batch.response_tokens[:, 0], batch.response_mask[:, 0])],
+            skip_special_tokens=True)
+        lines = [{"step": step, "prompt": prompt.text, "response": text, "reward": reward}
+                 for prompt, text, reward in zip(part, texts, values["reward"][:, 0].tolist())]
+        if all(prompt.reference is not None for prompt in part):
+            given = encode_responses(reward_model.policy_tokenizer, policy, part,
+                                     [[prompt.reference] for prompt in part])
+            theirs = score(reward_model, given, args.micro_batch)
+            values["win_rate"] = (values["reward"] > theirs) + 0.5 * (values["reward"] == theirs)
+            for line, prompt, reward in zip(lines, part, theirs[:, 0].tolist()):
+                line |= {"reference": prompt.reference, "reference_reward": reward}
+        totals.append(values)
+        samples += lines
+    names = [name for name in totals[0] if all(name in values for values in totals)]
+    return {f"eval/{name}": torch.cat([x[name] for x in totals]).double().mean().item()
+            for name in names}, samples
+
+
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
+    """kl/ref (k1) and kl/k3 in nats a response: the policy's KL from the reference on the proposal's
+    samples, [P, N] each, which self-normalised importance weights turn into the policy's own."""
+    weights = torch.softmax((logprobs - proposal_logprobs).double(), dim=1)
+    ratio = (ref_logprobs - logprobs).double()
+    return {"kl/ref": (weights * -ratio).sum(1).mean(),
+            "kl/k3": (weights * (ratio.exp() - 1 - ratio)).sum(1).mean()}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, read after the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at the most so far: of the GPU's tensors, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

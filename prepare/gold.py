@@ -1,0 +1,43 @@
+"""Ask the independent judge: how does the gold score of the tiny world see a run's samples?
+
+    python -m prepare.gold RUN_FOLDER
+
+A method sees only the reward model. This reads RUN_FOLDER/samples.jsonl and prints, for each evaluated
+step, how often the samples beat the references (ties 1/2) by the gold score and by the reward model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from prepare.tiny import gold_score
+
+
+@dataclass
+class Args:
+    """Judge the samples of a run by the gold score."""
+
+    run: tyro.conf.Positional[str]  # a run folder
+
+
+def main(args: Args) -> list[tuple[int, float, float, float]]:
+    """Prints and returns, for each step: gold win rate, mean gold score, reward win rate."""
+    steps: dict[int, list[tuple[float, float, float]]] = {}
+    for line in (Path(args.run) / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        gold = gold_score(row["prompt"], row["response"])
+        gap = gold - gold_score(row["prompt"], row["reference"])
+        reward_gap = row["reward"] - row["reference_reward"]
+        win, reward_win = ((x > 0) + 0.5 * (x == 0) for x in (gap, reward_gap))
+        steps.setdefault(row["step"], []).append((win, gold, reward_win))
+    print("  step  gold win rate  gold score  reward win rate")
+    table = [(s, *(sum(x) / len(x) for x in zip(*steps[s], strict=True))) for s in sorted(steps)]
+    for step, win, gold, reward_win in table:
+        print(f"{step:6d}  {win:13.3f}  {gold:10.2f}  {reward_win:15.3f}")
+    return table
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
