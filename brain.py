@@ -1,48 +1,47 @@
 """BRAIn: Bayesian reward-conditioned amortized inference (Pandey et al., ICML 2024, 2402.02479).
 
-What the policy should become is a posterior: the start model p is the prior, and "y is good" (G = 1)
-is the evidence, with a Bradley-Terry reward model r as its likelihood:
+The target is a posterior: the start model p is the prior, the evidence is "y is good" (G = 1), and a
+Bradley-Terry reward model r gives its likelihood:
 
-    p(y|x, G=1) = p(y|x) · exp(r(x,y) / τ) / Z(x)                                             (T)
+    p(y|x, G=1) = p(y|x) · exp(r(x,y) / τ) / Z(x)                                            (T)
 
-BRAIn draws N responses of a prompt from a proposal q′, weighs them once by the posterior and once by
-the policy q_θ, normalises both sets of weights over the N samples, and minimises their divergence:
+BRAIn draws N responses of a prompt from a proposal q′, weighs them by the posterior and by the
+policy q_θ, normalises both weights over the N samples, and minimises their divergence:
 
-    a_i = log p(y_i|x) + r_i/τ − log q′(y_i|x)          α̂ = softmax_i(a), no gradient          (1)
-    b_i = log q_θ(y_i|x) − log q′(y_i|x)                β̂ = softmax_i(b)                       (2)
-    L   = KL(α̂ ‖ β̂) = Σ_i α̂_i log(α̂_i / β̂_i)                                                  (3)
-    ∇L  = − Σ_i (α̂_i − β̂_i) ∇ log q_θ(y_i|x)                                                  (4)
+    a_i = log p(y_i|x) + r_i/τ − log q′(y_i|x)        α̂ = softmax_i(a), without gradient     (1)
+    b_i = log q_θ(y_i|x) − log q′(y_i|x)              β̂ = softmax_i(b)                       (2)
+    L   = KL(α̂ ‖ β̂) = Σ_i α̂_i log(α̂_i / β̂_i)                                                (3)
+    ∇L  = − Σ_i (α̂_i − β̂_i) ∇ log q_θ(y_i|x)                                                (4)
 
-β̂ is the self-normalised baseline. At q_θ = (T) both sets of weights agree on every batch, so every
-single gradient is exactly zero, whatever q′ is; without β̂, or with its unnormalised form, it is not.
+β̂ is the self-normalised baseline. At q_θ = (T) both weights agree on every batch, so every single
+gradient is exactly zero, whatever q′ is; without β̂, or with its unnormalised form, it is not.
 N = 2 with arg-max in place of softmax in (1) and q′ = p is DPO with coefficient 1.
 
-Symbols: P prompts a step, N samples a prompt; x, y prompt and response; all log-probs are sums over
-response tokens, end token included, in nats at the sampling temperature, and [P, N] as are rewards.
-    p  = ref_logprobs   q′ = proposal_logprobs   q_θ = logprobs   r = rewards   τ = --beta
+P prompts a step, N samples a prompt. Log-probs are sums over the tokens of a response, end token
+included, in nats at the sampling temperature; they and the rewards are [P, N].
+    p = ref_logprobs    q′ = proposal_logprobs    q_θ = logprobs    r = rewards    τ = --beta
 
-How this differs from the paper, or where the paper could not be read:
- 1. (T) is the limit γ_x → ∞ of p(G=1|x,y) = σ((r − γ_x)/τ); γ_x then cancels in (1). Whether the
-    paper keeps a finite γ_x is unconfirmed.
- 2. The proposal is p for the first --refresh-every steps and then a copy of the policy, renewed every
-    --refresh-every steps. The paper includes samples of the latest policy; its period is unconfirmed.
+How this differs from the paper, whose body could not be read (sources: abstract, authors' blog and
+code of their toy example):
+ 1. (T) is the limit γ_x → ∞ of p(G=1|x,y) = σ((r − γ_x)/τ); γ_x cancels in (1). Whether the paper
+    keeps a finite γ_x is unconfirmed.
+ 2. The proposal is p at first and then a copy of the policy, replaced every --refresh-every steps.
+    The paper "includes samples of the latest policy"; its period is unconfirmed.
  3. --estimator holds the paper's ablation; the exact weights of its two other arms are derived.
 
-    python brain.py                                          # one minute on a laptop
-    python brain.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.05
+    python brain.py                                     # the embedded default, a minute on a laptop
+    python brain.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
 
-Step 0 must show: eval/kl 0 exactly, eval/win_rate what the start model gets (0.5 on the default). In
-step 1 β̂ is uniform: loss = log N − entropy of α̂. A `weights/ess` near 1/N says that --beta is too
-small for the spread of the rewards: one sample of N then takes all the weight.
+Step 0 must show eval/kl 0 and the start model's win rate (0.5 on the default); step 1 has a uniform
+β̂, so its loss is log N − entropy(α̂). A weights/ess near 1/N says that --beta is too small for the
+spread of the rewards: one sample of N then takes all the weight.
 """
 
 import copy
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
@@ -104,7 +103,7 @@ class Args:
     estimator: Literal["brain", "no-self-norm", "no-baseline"] = "brain"
     """brain: weights α̂ − β̂; no-self-norm: α̂ − (1/N)·q_θ/q′; no-baseline: α̂"""
     refresh_every: int = 10
-    """steps after which the proposal becomes the latest policy; 0 = never, the start model's samples"""
+    """steps between renewals of the proposal from the policy; 0 = the start model throughout"""
 
 
 def posterior_weights(ref_logprobs: Tensor, rewards: Tensor, proposal_logprobs: Tensor,
@@ -133,16 +132,15 @@ def main(args: Args) -> dict[str, float]:
     common.require(args.samples_per_prompt > 1, f"--samples-per-prompt {args.samples_per_prompt}: "
                    "weights are normalised over the samples of a prompt; take 2 or more")
     tokenizer = common.load_tokenizer("--policy", args.policy)
-    train_prompts, test_prompts = common.load_prompts(args, tokenizer)
+    train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
     ref = copy.deepcopy(policy).requires_grad_(False)
     proposal = copy.deepcopy(ref) if args.refresh_every else ref
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
     done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal})
-    evaluation, samples = {}, []
+    evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
     if done == 0:
-        evaluation, samples = common.evaluate(run, 0, policy, ref, reward_model, test_prompts)
         run.log(0, evaluation, samples)
 
     for step in range(done + 1, args.steps + 1):
@@ -172,9 +170,10 @@ def main(args: Args) -> dict[str, float]:
             optimizer.param_groups[0]["lr"] = args.lr * min(1.0, warm)
             passes = []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
-                logprobs, entropy = common.logprobs_and_entropy(policy, batch[rows], args.temperature)
+                part = batch[rows]
+                logprobs, entropy = common.logprobs_and_entropy(policy, part, args.temperature)
                 loss = brain_loss(logprobs, proposal_logprobs[rows], alpha[rows], args.estimator)
-                common.require_finite(loss, "the loss", batch[rows])
+                common.require_finite(loss, "the loss", part)
                 (loss.sum() / len(prompts)).backward()
                 passes.append((logprobs.detach(), entropy, loss.detach()))
             run.average([p.grad for p in policy.parameters()])
@@ -200,18 +199,17 @@ def main(args: Args) -> dict[str, float]:
         }
 
         # ── evaluate ──
-        if step % args.eval_every == 0 or step == args.steps or run.interrupted:
-            evaluation, samples = common.evaluate(run, step, policy, ref, reward_model, test_prompts)
-            run.log(step, metrics | evaluation, samples)
-        else:
-            run.log(step, metrics)
+        samples = []
+        if step % args.eval_every == 0 or step == args.steps:
+            evaluation, samples = common.evaluate(run, step, policy, ref, reward_model, held_out)
+            metrics |= evaluation
+        run.log(step, metrics, samples)
 
         # ── save ──
         if step % args.save_every == 0 or step == args.steps or run.interrupted:
             run.save(step)
-        if run.interrupted:
-            common.require(False, f"interrupted after step {step}; go on with: "
-                           f"python {run.script.name} --resume {run.folder}")
+        common.require(not run.interrupted, f"interrupted after step {step}; continue with "
+                       f"python {run.script.name} --resume {run.folder}")
 
     # ── finish ──
     run.close(policy, tokenizer)

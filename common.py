@@ -1,14 +1,12 @@
 """What all scripts need and none explains: prompts, sampling, log-probs, rewards, the run's log.
 
-P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row, Q queries,
-D hidden size, V vocabulary. Log-probs are in nats, in fp32, at the sampling temperature.
+P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row, Q of them
+asking, D hidden size, V vocabulary. Log-probs: nats, fp32, at the sampling temperature.
 
 One idea shapes every signature: a prompt is held ONCE, with its N responses beside it. A row fed to
 a model is [prompt | response 1 | … | response N]; the mask lets a response see the prompt and
 itself only, and position ids restart after the prompt. The prompt is so computed, stored and read
-once and not N times. Loading a model tries on a small example whether it gives the same numbers this
-way as on plain rows; one that does not is fed plain rows, and a line says so.
-
+once and not N times. A model found to give other numbers this way is fed plain rows.
 All randomness is a function of (seed, step, rank): a resumed run needs no random state.
 """
 
@@ -43,12 +41,13 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 ROOT = Path(__file__).resolve().parent
 MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
-SHARED_FLAGS = 23  # the fields every Args begins with; a script's own checks cover the rest
+POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
+            "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
+            "eval_prompts", "save_every")  # flags that must be; all other numbers may be 0
 HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
-PANELS = {"reward": ("reward/mean", "eval/reward"), "win rate": ("eval/win_rate",),
-          "KL from the start model, nats": ("kl/ref", "eval/kl"), "loss": ("loss",),
-          "tokens a response": ("length/mean", "eval/length"), "entropy, nats a token":
-          ("entropy/token",)}
+PANELS = {"reward": ("reward/mean", "eval/reward"), "KL from the start model, nats": ("kl/ref",
+          "eval/kl"), "win rate": ("eval/win_rate",), "tokens a response": ("length/mean",
+          "eval/length"), "entropy, nats a token": ("entropy/token",), "loss": ("loss",)}
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
@@ -127,8 +126,7 @@ def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tens
     """Last hidden states [P, Q, D] of `tokens` [P, Q], which fill the row's slots from `start`.
 
     Behind the prompt, slot i belongs to response `owner[i]` (1 to N) and lies `offset[i]` tokens
-    after the prompt; both are [S - L]. A policy on plain rows gives its own logits [P, Q, V]
-    instead, since its head may be as unusual as its mask.
+    after the prompt, [S - L] both. A policy on plain rows gives its own logits [P, Q, V] instead.
     """
     asking = slice(start, start + tokens.shape[1])
     in_prompt = (prompt_mask.cumsum(1) - 1).clamp(min=0)
@@ -140,13 +138,12 @@ def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tens
         behind = position[:, asking, None] - position[:, None, :]  # [P, Q, S] tokens
         own = (segment == 0) | (segment == segment[asking, None])  # [Q, S]
         visible = (behind >= 0) & own & valid[:, None]
-        mask = _additive(model, visible, asking)
-        config = model.config.get_text_config()
+        mask, config = _additive(model, visible, asking), model.config.get_text_config()
         if getattr(config, "sliding_window", None):
             # A window counts position ids, not slots: response N lies many slots off its prompt.
             near = _additive(model, visible & (behind < config.sliding_window), asking)
-            mixes = getattr(config, "layer_types", None)
-            mask = {"full_attention": mask, "sliding_attention": near} if mixes else near
+            mixed = getattr(config, "layer_types", None)
+            mask = {"full_attention": mask, "sliding_attention": near} if mixed else near
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": position[:, asking],
               "past_key_values": cache, "use_cache": cache is not None}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
@@ -216,7 +213,7 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tenso
 
 @torch.no_grad()
 def logprobs(model, batch: Batch, temperature: float, micro_batch: int = 0) -> Tensor:
-    """Log-probs [P, N] of whole responses in nats, without gradient, `micro_batch` prompts a pass."""
+    """Log-probs [P, N] of responses in nats, without gradient, `micro_batch` prompts a pass."""
     slices = micro_batches(len(batch.prompts), micro_batch)
     return torch.cat([logprobs_and_entropy(model, batch[s], temperature)[0] for s in slices])
 
@@ -323,8 +320,8 @@ def score(reward_model: RewardModel, batch: Batch, micro_batch: int = 0) -> Tens
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
 def load(flag: str, name: str, loader, **options):
-    """`loader` on a path from here or from this file's folder, or on a hub name. No remote code
-    runs, and any failure is one line."""
+    """`loader` on a path from here or from this file's folder, or on a hub name: any failure of it
+    is one line. Remote code never runs."""
     paths = [path for path in (Path(name).expanduser(), ROOT / name) if path.exists()]
     local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
     require(paths or not local, f"{flag} {name}: no such file or folder")
@@ -337,7 +334,7 @@ def load(flag: str, name: str, loader, **options):
 def load_tokenizer(flag: str, name: str):
     """The tokenizer of a checkpoint; it needs an end token, but no pad token."""
     tokenizer = load(flag, name, transformers.AutoTokenizer.from_pretrained)
-    require(tokenizer.eos_token_id is not None, f"{flag} {name}: its tokenizer has no end token, so "
+    require(tokenizer.eos_token_id is not None, f"{flag} {name}: its tokenizer has no end token: "
             "no response could end; set eos_token in tokenizer_config.json")
     return tokenizer
 
@@ -346,9 +343,8 @@ def load_model(run: "Run", flag: str, name: str, auto_class, dtype: torch.dtype)
     """A model from safetensors, on the run's device, without dropout: it would break log-ratios."""
     model, info = load(flag, name, auto_class.from_pretrained, dtype=dtype, use_safetensors=True,
                        output_loading_info=True)
-    missing = ", ".join(sorted(info["missing_keys"])[:3])
-    require(not missing, f"{flag} {name}: a {type(model).__name__} needs {missing}, which the "
-            "checkpoint lacks")
+    require(not info["missing_keys"], f"{flag} {name}: a {type(model).__name__} needs "
+            f"{', '.join(sorted(info['missing_keys'])[:3])}, which the checkpoint lacks")
     model.to(run.device).eval()
     model.mixed = dtype == torch.float32 and run.device.type == "cuda" and run.args.dtype == "mixed"
     _choose_rows(flag, name, model)
@@ -359,27 +355,27 @@ def load_model(run: "Run", flag: str, name: str, auto_class, dtype: torch.dtype)
 def _choose_rows(flag: str, name: str, model) -> None:
     """Sets `model.shared_rows` by trying: two padded prompts with two responses each must give what
     the model itself says at the end of each of the four rows alone."""
-    config = model.config.get_text_config()
+    config, device = model.config.get_text_config(), model.device
     ids = [i * i % config.vocab_size for i in range(5, 60)]
     ids = [i for i in ids if i != config.pad_token_id]
     prompts, responses = [ids[:5], ids[5:8]], [[ids[8:12], ids[12:14]], [ids[14:18], ids[18:20]]]
-    batch = make_batch([Prompt("", p) for p in prompts], prompts, responses, model.device)
-    rows = [torch.tensor([p + r], device=model.device) for p, g in zip(prompts, responses) for r in g]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
-        own = torch.stack([model(row).logits[0, -1].float() for row in rows])
-    tolerance = 1e-3 if model.dtype == torch.float32 and not model.mixed else 0.25
+    batch = make_batch([Prompt("", p) for p in prompts], prompts, responses, device)
+    rows = [p + r for p, group in zip(prompts, responses) for r in group]
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.mixed):
+        own = [model(torch.tensor([row], device=device)).logits[0, -1].float() for row in rows]
+    exact = model.dtype == torch.float32 and not model.mixed
     for model.shared_rows in (True, False):
         try:
             states = _response_states(model, batch, batch.response_tokens).flatten(0, 1)
             states = states[torch.arange(4), batch.response_mask.sum(2).flatten()]
             ours = model.score(states)[:, 0] if hasattr(model, "score") else _head(model, states)
-            if torch.allclose(ours.float(), own, rtol=0, atol=tolerance):
+            if (gap := (ours - torch.stack(own)).abs().max()) < (1e-3 if exact else 0.25):
                 return
-            problem = f"off by {(ours - own).abs().max():.1e}"
+            problem = f"off by {gap:.1e}"
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
             problem = f"{type(error).__name__} {error}"
         if model.shared_rows:
-            print(f"{flag} {name}: no shared rows ({problem:.200}); each prompt is computed N times")
+            print(f"{flag} {name}: no shared rows ({problem:.200}); a prompt is computed N times")
     require(False, f"{flag} {name}: padded rows do not give the numbers of single rows ({problem})")
 
 
@@ -482,12 +478,13 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
             f"columns {columns}; needed are prompt (+ completion), or chosen and rejected")
     held_out = splits[test[0]] if test else None
     if not test:
-        held = min(args.eval_prompts, len(rows) // 2)
-        print(f"--dataset {name}: one split only, so its last {held} rows are held out")
-        held_out, rows = rows.select(range(len(rows) - held, len(rows))), rows.select(range(len(rows) - held))
-    order = random.Random(args.seed).sample(range(len(rows)), len(rows))
-    return (keep_prompts(args, tokenizer, rows, order, args.steps * args.prompts_per_step, "training"),
-            keep_prompts(args, tokenizer, held_out, range(len(held_out)), args.eval_prompts, "held-out"))
+        first = len(rows) - min(args.eval_prompts, len(rows) // 2)
+        print(f"--dataset {name}: one split only, so its rows from {first} on are held out")
+        held_out, rows = rows.select(range(first, len(rows))), rows.select(range(first))
+    order, most = random.Random(args.seed).sample(range(len(rows)), len(rows)), args.eval_prompts
+    needed = args.steps * args.prompts_per_step
+    return (keep_prompts(args, tokenizer, rows, order, needed, "training"),
+            keep_prompts(args, tokenizer, held_out, range(len(held_out)), most, "held-out"))
 
 
 def pick(prompts: list[Prompt], step: int, args, rank: int, world: int) -> list[Prompt]:
@@ -518,12 +515,13 @@ def parse_args(args_class, argv: list[str] | None = None):
         path = Path(args.resume, "args.json")
         require(path.is_file(), f"--resume {args.resume}: not a run folder, it has no args.json")
         about, script = json.loads(path.read_text()), sys.modules[args_class.__module__].__file__
-        require(about["script"] == Path(script).name, f"--resume {args.resume}: is of {about['script']}")
+        require(about["script"] == Path(script).name, f"--resume {args.resume}: a run of "
+                f"{about['script']}")
         saved = args_class(**about["args"] | {"resume": args.resume})
         args = tyro.cli(args_class, args=argv, default=saved)
         changed = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value != getattr(saved, name)]
-        require(not changed, f"{' '.join(changed)}: not what the run {args.resume} has; leave it out")
+        require(not changed, f"{' '.join(changed)}: the run {args.resume} has another; leave it out")
     return args
 
 
@@ -531,11 +529,10 @@ class Run:
     """One run: its flags, process, device, folder, log and checkpoint."""
 
     def __init__(self, args, script: str):
-        may_be_0 = ("seed", "micro_batch", "warmup_steps", *list(vars(args))[SHARED_FLAGS:])
         for name, value in vars(args).items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                require(0 <= value < math.inf and (value or name in may_be_0),
-                        f"--{name.replace('_', '-')} {value}: must be a number above 0")
+            good = not isinstance(value, int | float) or 0 <= value < math.inf
+            require(good and (value or name not in POSITIVE), f"--{name.replace('_', '-')} "
+                    f"{value}: must be {'more than' if name in POSITIVE else 'at least'} 0")
         self.args, self.script, self.begun = args, Path(script), time.perf_counter()
         self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
                                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -544,10 +541,12 @@ class Run:
                 f"{args.prompts_per_step}: cannot be split over {self.world} processes")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group()
-        torch.manual_seed(args.seed)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", name))
-        require(args.resume or not self.folder.exists(), f"--run-dir {self.folder}: exists already; "
+        self.identity = {"script": self.script.name} | asdict(args) | {"resume": "", "run_dir": ""}
+        require(args.resume or not self.folder.exists(), f"--run-dir {self.folder}: exists; "
                 f"continue it with --resume {self.folder}, or name another")
 
     def open(self, state: dict) -> int:
@@ -559,7 +558,7 @@ class Run:
             git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
             about = {"script": self.script.name, "command": sys.argv, "args": asdict(args),
                      "commit": git.stdout.decode().strip(), "device": str(self.device),
-                     "versions": {x.__name__: x.__version__ for x in (torch, transformers, datasets)}}
+                     "versions": {x.__name__: x.__version__ for x in (torch, transformers)}}
             (self.folder / "plots").mkdir(parents=True)
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
             for source in (self.script, __file__):
@@ -584,12 +583,14 @@ class Run:
         if path.exists():  # else the run ended before its first checkpoint, and starts anew
             try:
                 saved = torch.load(path, map_location=self.device, weights_only=True)
-                done = saved["step"]
+                require(saved["run"] == self.identity, f"--resume {self.folder}: its checkpoint is "
+                        "of another script or of other flags")
                 for name, part in self.state.items():
                     part.load_state_dict(saved[name])
+                done = saved["step"]
             except Exception as error:  # a damaged file fails in as many ways as it has bytes
-                require(False, f"--resume {self.folder}: {path} is cut short, damaged or of another "
-                        f"script ({type(error).__name__})")
+                require(False, f"--resume {self.folder}: {path} is cut short or damaged "
+                        f"({type(error).__name__})")
         for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             log.write_text("".join(line for line in lines if line.endswith("\n")
@@ -602,7 +603,8 @@ class Run:
         path.parent.mkdir(exist_ok=True)
         if self.rank == 0:
             with open(path.with_suffix(".new"), "wb") as file:
-                torch.save({"step": step} | {k: x.state_dict() for k, x in self.state.items()}, file)
+                parts = {name: part.state_dict() for name, part in self.state.items()}
+                torch.save({"step": step, "run": self.identity} | parts, file)
                 os.fsync(file.fileno())
             os.replace(path.with_suffix(".new"), path)
 
@@ -613,30 +615,31 @@ class Run:
             tensor /= self.world
 
     def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
-        """Writes means over processes to metrics.jsonl and TensorBoard, samples to samples.jsonl."""
-        values = torch.tensor([float(x) for x in metrics.values()], dtype=torch.float64)
+        """Adds means over processes to metrics.jsonl and TensorBoard, samples to samples.jsonl."""
+        values = torch.tensor(list(map(float, metrics.values())), dtype=torch.float64)
         self.average([values := values.to(self.device)])
-        metrics = {name: value for name, value in zip(metrics, values.tolist())}
         if self.rank:
             return
+        metrics = dict(zip(metrics, values.tolist()))
         for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
-            with open(self.folder / f"{name}.jsonl", "a") as file:
+            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         if self.tracker:
             self.tracker.log(metrics, step=step)
-        shown = {name.rpartition("/")[2]: f"{x:.3f}" for name, x in metrics.items() if name in HEADLINE}
-        self.bar.set_postfix(shown)
+        shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
+        self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
         if "eval/reward" in metrics:
-            tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+            tqdm.write(f"step {step:4}  {shown}")
 
     def close(self, policy, tokenizer) -> None:
         """Writes final/ and the plot; shows samples of the first and the last evaluation."""
         if self.rank == 0:
             self.bar.close()
             self.board.close()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             new, final = self.folder / "final.new", self.folder / "final"
             policy.save_pretrained(new)
             tokenizer.save_pretrained(new)
@@ -644,7 +647,7 @@ class Run:
             new.rename(final)
             plot(self.folder)
             show_samples(self.folder)
-            print(f"{self.folder}/ has metrics.jsonl, samples.jsonl, plots/training.png and final/, "
+            print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png and final/ "
                   f"after {time.perf_counter() - self.begun:.0f} s")
 
 
@@ -653,9 +656,10 @@ def show_samples(folder: Path, count: int = 3) -> None:
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     before, after = ([x for x in lines if x["step"] == lines[end]["step"]] for end in (0, -1))
     for first, last in list(zip(before, after))[:count]:
-        for label, text in (("prompt", first["prompt"]), (f"{first['reward']:+.2f} before",
-                            first["response"]), (f"{last['reward']:+.2f} after ", last["response"])):
-            print(textwrap.fill(f"{label:>14}  {text}", 100, subsequent_indent=" " * 16))
+        for label, line, key in (("prompt", first, "prompt"), ("before", first, "response"),
+                                 ("after", last, "response")):
+            label += f" {line['reward']:+.2f}" if key == "response" else ""
+            print(textwrap.fill(f"{label:14}{line[key]}", 100, subsequent_indent=" " * 14))
         print()
 
 
@@ -709,8 +713,8 @@ def evaluate(run: Run, step: int, policy, base, reward_model: RewardModel,
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
-    """kl/ref (k1) and kl/k3 in nats a response: the policy's KL from the reference on the proposal's
-    samples, [P, N] each, which self-normalised importance weights turn into the policy's own."""
+    """kl/ref (k1) and kl/k3, nats a response: the policy's KL from the reference on samples of the
+    proposal, [P, N] each, which self-normalised importance weights turn into the policy's own."""
     weights = torch.softmax((logprobs - proposal_logprobs).double(), dim=1)
     ratio = (ref_logprobs - logprobs).double()
     return {"kl/ref": (weights * -ratio).sum(1).mean(),
