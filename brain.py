@@ -1,7 +1,7 @@
 """BRAIn: Bayesian reward-conditioned amortized inference (Pandey et al., ICML 2024, 2402.02479).
 
-The target is a posterior: the start model p is the prior, the evidence is "y is good" (G = 1), and a
-Bradley-Terry reward model r gives its likelihood:
+The target is a posterior: the start model p is the prior, "y is good" (G = 1) is the evidence, and
+a Bradley-Terry reward model r gives its likelihood:
 
     p(y|x, G=1) = p(y|x) · exp(r(x,y) / τ) / Z(x)                                            (T)
 

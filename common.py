@@ -1,7 +1,7 @@
 """What all scripts need and none explains: prompts, sampling, log-probs, rewards, the run's log.
 
-P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row, Q of them
-asking, D hidden size, V vocabulary. Log-probs: nats, fp32, at the sampling temperature.
+P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row, Q of
+them asking, D hidden size, V vocabulary. Log-probs: nats, fp32, at the sampling temperature.
 
 One idea shapes every signature: a prompt is held ONCE, with its N responses beside it. A row fed to
 a model is [prompt | response 1 | … | response N]; the mask lets a response see the prompt and
@@ -63,8 +63,8 @@ def require(condition: bool, message: str) -> None:
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
     for prompt, good in zip(batch.prompts, values.isfinite().view(len(values), -1).all(1).tolist()):
-        require(good, f"{what} is NaN or infinite for the prompt {prompt.text!r}; the run stops, its "
-                "last checkpoint is kept")
+        require(good, f"{what} is NaN or infinite for the prompt {prompt.text!r}; the run "
+                "stops, its last checkpoint is kept")
 
 
 # ── A batch: P prompts, each held once, N responses beside each ───────────────────────────────────
