@@ -11,7 +11,7 @@ All randomness is a function of (seed, step, rank): a resumed run needs no rando
 """
 
 import functools
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -279,15 +279,15 @@ class RewardModel:
     def read(self, batch: Batch) -> Batch:
         """The batch in the reward model's own tokens and template."""
         own, theirs, prompts = self.tokenizer, self.policy_tokenizer, batch.prompts
+        text, messages, closing = prompts[0].text, prompts[0].messages, own.eos_token
         same = (own.get_vocab() == theirs.get_vocab() and own.chat_template == theirs.chat_template
-                and own(prompts[0].text)["input_ids"] == theirs(prompts[0].text)["input_ids"])
-        closing = own.eos_token
-        if prompts[0].messages:  # a chat template closes the turn in its own way
-            turn = [*prompts[0].messages, {"role": "assistant", "content": "<answer>"}]
+                and own(text)["input_ids"] == theirs(text)["input_ids"])
+        if messages:  # a chat template closes the assistant's turn in its own way
+            turn = [*messages, {"role": "assistant", "content": "<answer>"}]
             closing = own.apply_chat_template(turn, tokenize=False).rpartition("<answer>")[2]
         closing = own(closing, add_special_tokens=False)["input_ids"] * self.add_end
-        prompt_ids = [prompt.tokens if same else
-                      encode_prompt(own, prompt.messages or prompt.text)[1] for prompt in prompts]
+        prompt_ids = [p.tokens if same else encode_prompt(own, p.messages or p.text)[1]
+                      for p in prompts]
         response_ids = []
         rows = (batch.response_tokens, batch.response_mask, ended(self.policy, batch))
         for tokens, mask, ends in zip(*(x.cpu() for x in rows)):
@@ -490,16 +490,11 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
 def pick(prompts: list[Prompt], step: int, args, rank: int, world: int) -> list[Prompt]:
     """This process's share of the prompts of `step` (from 1). All processes together take what one
     alone would; every lap through the prompts has an order of its own."""
-    chosen = []
-    for i in range((step - 1) * args.prompts_per_step, step * args.prompts_per_step):
-        lap, at = divmod(i, len(prompts))
-        chosen.append(prompts[_order(len(prompts), seed_of(args.seed, "order", lap))[at]])
-    return chosen[rank::world]
-
-
-@functools.lru_cache(maxsize=2)
-def _order(count: int, seed: int) -> list[int]:
-    return random.Random(seed).sample(range(count), count)
+    steps = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
+    laps = {i // len(prompts) for i in steps}
+    orders = {lap: random.Random(seed_of(args.seed, "order", lap)).sample(prompts, len(prompts))
+              for lap in laps}
+    return [orders[i // len(prompts)][i % len(prompts)] for i in steps][rank::world]
 
 
 def seed_of(*parts) -> int:
@@ -543,6 +538,9 @@ class Run:
             dist.init_process_group()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        missing = args.track != "none" and not importlib.util.find_spec(args.track)
+        require(not missing, f"--track {args.track}: not installed; pip install {args.track}")
+        self.tracker = None if args.track == "none" else importlib.import_module(args.track)
         name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", name))
         self.identity = {"script": self.script.name} | asdict(args) | {"resume": "", "run_dir": ""}
@@ -556,16 +554,19 @@ class Run:
         done = self._restore() if args.resume else 0
         if self.rank == 0 and not args.resume:
             git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
+            gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
             about = {"script": self.script.name, "command": sys.argv, "args": asdict(args),
-                     "commit": git.stdout.decode().strip(), "device": str(self.device),
-                     "versions": {x.__name__: x.__version__ for x in (torch, transformers)}}
-            (self.folder / "plots").mkdir(parents=True)
+                     "commit": git.stdout.decode().strip(), "device": gpu, "versions": {
+                         x.__name__: x.__version__ for x in (torch, transformers, datasets)}}
+            try:
+                self.folder.mkdir(parents=True)
+            except OSError as error:
+                require(False, f"--run-dir {self.folder}: {error.strerror}; name another")
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
             for source in (self.script, __file__):
                 shutil.copy(source, self.folder)
         if self.rank == 0:
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
-            self.tracker = None if args.track == "none" else importlib.import_module(args.track)
             if self.tracker:
                 self.tracker.init(project="alignment", name=self.folder.name, config=asdict(args))
         silent = self.rank > 0 or not sys.stderr.isatty()
@@ -658,7 +659,7 @@ def show_samples(folder: Path, count: int = 3) -> None:
     for first, last in list(zip(before, after))[:count]:
         for label, line, key in (("prompt", first, "prompt"), ("before", first, "response"),
                                  ("after", last, "response")):
-            label += f" {line['reward']:+.2f}" if key == "response" else ""
+            label += "" if key == "prompt" else f" {line['reward']:+.2f}"
             print(textwrap.fill(f"{label:14}{line[key]}", 100, subsequent_indent=" " * 14))
         print()
 
@@ -677,6 +678,7 @@ def plot(folder: Path) -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
+    (folder / "plots").mkdir(exist_ok=True)
     figure.savefig(folder / "plots" / "training.png", dpi=100)
 
 
