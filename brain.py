@@ -208,8 +208,9 @@ def main(args: Args) -> dict[str, float]:
         # ── save ──
         if step % args.save_every == 0 or step == args.steps or run.interrupted:
             run.save(step)
-        common.require(not run.interrupted, f"interrupted after step {step}; continue with "
-                       f"python {run.script.name} --resume {run.folder}")
+        if run.interrupted:
+            raise SystemExit(f"stopped after step {step}; continue with: "
+                             f"python {run.script.name} --resume {run.folder}")
 
     # ── finish ──
     run.close(policy, tokenizer)

@@ -516,7 +516,7 @@ def parse_args(args_class, argv: list[str] | None = None):
         args = tyro.cli(args_class, args=argv, default=saved)
         changed = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value != getattr(saved, name)]
-        require(not changed, f"{' '.join(changed)}: the run {args.resume} has another; leave it out")
+        require(not changed, f"{' '.join(changed)}: {args.resume} has another value; leave it out")
     return args
 
 
