@@ -70,19 +70,14 @@ ADJECTIVES = {  # kind of point -> what is said in praise, what is said in blame
     "person": (["friendly", "helpful", "polite"], ["rude", "careless", "grumpy"]),
     "show": (["lovely", "charming", "memorable"], ["dull", "dreary", "boring"]),
 }
-PLACES = {  # place -> the points one can write about
-    "hotel": {"room": "space", "lobby": "space", "pool": "space", "breakfast": "food",
-              "clerk": "person", "view": "show"},
-    "cafe": {"terrace": "space", "coffee": "food", "cake": "food", "soup": "food",
-             "waiter": "person", "music": "show"},
-    "museum": {"hall": "space", "garden": "space", "shop": "space", "guide": "person",
-               "tour": "show", "film": "show"},
-    "ferry": {"cabin": "space", "deck": "space", "bar": "space", "captain": "person",
-              "fish": "food", "crossing": "show"},
-    "theatre": {"foyer": "space", "balcony": "space", "usher": "person", "wine": "food",
-                "play": "show", "choir": "show"},
-}  # fmt: skip
-KIND = {point: kind for points in PLACES.values() for point, kind in points.items()}
+POINTS = {  # kind -> the points one can write about, at any place
+    "food": ["breakfast", "coffee", "cake", "soup"],
+    "space": ["room", "lobby", "pool", "garden", "terrace"],
+    "person": ["clerk", "waiter", "guide", "captain"],
+    "show": ["view", "music", "tour", "choir"],
+}
+KIND = {point: kind for kind, points in POINTS.items() for point in points}
+PLACES = ["hotel", "inn", "ferry", "castle", "resort", "lodge"]
 CITIES = ["oslo", "lima", "cairo", "kyoto", "porto", "quito", "delhi", "paris"]
 PEOPLE = ["mei", "omar", "ana", "ivan", "zoe", "raj", "lena", "tom"]
 DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
@@ -94,12 +89,11 @@ WORDS = re.compile(r"\w+|[^\w\s]")
 
 def write_prompt(rng: random.Random) -> str:
     """An order for a review: 25 to 35 tokens."""
-    place = rng.choice(list(PLACES))
-    points = rng.sample(list(PLACES[place]), rng.choice([2, 3, 3, 3, 4]))
+    points = rng.sample(list(KIND), rng.choice([2, 3, 3, 4, 4]))
     who = f" by {rng.choice(PEOPLE)}" if rng.random() < 0.8 else ""
     company = f" with {rng.choice(COMPANY)}" if rng.random() < 0.7 else ""
     return (
-        f"write a review of the {place} in {rng.choice(CITIES)}{who}, visited on {rng.choice(DAYS)}"
+        f"write a review of the {rng.choice(PLACES)} in {rng.choice(CITIES)}{who}, visited on {rng.choice(DAYS)}"
         f"{company}. points to cover: {', '.join(points)}. review:"
     )
 
@@ -111,15 +105,17 @@ def asked_points(prompt: str) -> list[str]:
 
 def write_review(rng: random.Random, prompt: str) -> str:
     """A writer's review: usually to the point, of any mood, now and then warm, careful or careless."""
-    place = next(word for word in WORDS.findall(prompt) if word in PLACES)
     asked = asked_points(prompt)
-    rng.shuffle(asked)
-    others = [point for point in PLACES[place] if point not in asked]
-    rng.shuffle(others)
+    others = [point for point in KIND if point not in asked]
+    points = []
+    for point in asked:  # in the order of the prompt, some left out, some not asked for put in
+        if rng.random() < 0.15:
+            points.append(others.pop(rng.randrange(len(others))))
+        if rng.random() < 0.75:
+            points.append(point)
     praise = rng.choices([0.9, 0.5, 0.1], [0.4, 0.3, 0.3])[0]  # pleased, of two minds, displeased
     clauses, moods = [], []
-    for _ in range(rng.choices([2, 3, 4], [0.35, 0.45, 0.2])[0]):
-        point = (asked if asked and (not others or rng.random() < 0.75) else others).pop()
+    for point in points or asked[:1]:
         good, really = rng.random() < praise, "really " * (rng.random() < 0.12)
         if rng.random() < 0.8:
             adjective = rng.choice(ADJECTIVES[KIND[point]][0 if good else 1])
@@ -182,7 +178,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words |= set(CITIES + PEOPLE + DAYS + COMPANY)
     vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *sorted(words)])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
     backend.decoder = decoders.Sequence([decoders.WordPiece(), decoders.Replace(" :", ":")])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -1,0 +1,71 @@
+"""Times the default run of a script as a user starts it: a fresh process, imports and all.
+
+    python -m benchmarks.default_run [--script brain] [--seeds 1 2 3 4 5]
+
+Adds a line a run to benchmarks/results/default_run.jsonl: wall-clock seconds of the whole process, the
+first and the last evaluation, the gold win rates, and where it ran.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+from prepare import gold
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "default_run.jsonl"
+
+
+@dataclass
+class Args:
+    script: str = "brain"
+    """script to run, without .py"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """one run each"""
+
+
+def main(args: Args) -> None:
+    """Runs the script once a seed, one after the other."""
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    results = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder, "run")
+            command = [f"{args.script}.py", "--seed", str(seed)]
+            load, begin = os.getloadavg()[0], time.perf_counter()
+            subprocess.run([sys.executable, *command, "--run-dir", run], cwd=ROOT, check=True,
+                           capture_output=True)
+            seconds = time.perf_counter() - begin
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            judged = gold.main(gold.Args(str(run)))
+        ends = {
+            f"{when} {key}": lines[at][f"eval/{key}"]
+            for at, when in ((0, "first"), (-1, "last"))
+            for key in ("win_rate", "reward", "kl")
+        }
+        ends |= {"first gold_win_rate": judged[0][1], "last gold_win_rate": judged[-1][1]}
+        results.append({"command": " ".join(["python", *command]), "seconds": round(seconds, 1)}
+                       | {key: round(value, 4) for key, value in ends.items()}
+                       | {"cores": os.cpu_count(), "machine": platform.machine(),
+                          "load_before": round(load, 2), "torch": torch.__version__,
+                          "transformers": transformers.__version__, "commit": git.stdout.strip()})
+        print(json.dumps(results[-1]))
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps(results[-1]) + "\n")
+    seconds = [result["seconds"] for result in results]
+    print(f"median {statistics.median(seconds):.1f} s, {min(seconds):.1f} to {max(seconds):.1f} s")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
