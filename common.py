@@ -392,6 +392,9 @@ def load_policy(run: "Run", tokenizer):
     ends = policy.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
     policy.end_tokens = list(dict.fromkeys(end for end in ends if end is not None))
+    policy.generation_config = transformers.GenerationConfig(  # final/ samples as it was trained
+        do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
+        eos_token_id=policy.end_tokens, pad_token_id=tokenizer.pad_token_id)
     return policy
 
 

@@ -108,14 +108,16 @@ def write_review(rng: random.Random, prompt: str) -> str:
     asked = asked_points(prompt)
     others = [point for point in KIND if point not in asked]
     points = []
-    for point in asked:  # in the order of the prompt, some left out, some not asked for put in
-        if rng.random() < 0.15:
-            points.append(others.pop(rng.randrange(len(others))))
-        if rng.random() < 0.75:
-            points.append(point)
+    for point in asked:  # in the order of the prompt, until the writer has had enough
+        if points and rng.random() < 0.2:
+            break
+        points.append(point)
+    for i in range(len(points)):  # now and then something else instead
+        if rng.random() < 0.1:
+            points[i] = others.pop(rng.randrange(len(others)))
     praise = rng.choices([0.9, 0.5, 0.1], [0.4, 0.3, 0.3])[0]  # pleased, of two minds, displeased
     clauses, moods = [], []
-    for point in points or asked[:1]:
+    for point in points:
         good, really = rng.random() < praise, "really " * (rng.random() < 0.12)
         if rng.random() < 0.8:
             adjective = rng.choice(ADJECTIVES[KIND[point]][0 if good else 1])

@@ -1,0 +1,289 @@
+"""BRAIn's equations on models and tables whose every response can be listed."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import make_model, save, word_tokenizer, write_jsonl
+
+import brain
+import common
+
+torch.set_default_dtype(torch.float32)
+
+
+def table(seed: int, *shape: int) -> torch.Tensor:
+    """Random numbers in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def posterior(ref: torch.Tensor, rewards: torch.Tensor, beta: float) -> torch.Tensor:
+    """Log of (T) over all responses, the last dimension."""
+    return (ref + rewards / beta).log_softmax(-1)
+
+
+def step_weights(estimator, logprobs, ref, proposal, rewards, beta):
+    """−∂L/∂log q_θ of brain.py's own loss, [P, N]."""
+    logprobs = logprobs.clone().requires_grad_()
+    alpha = brain.posterior_weights(ref, rewards, proposal, beta)
+    brain.brain_loss(logprobs, proposal, alpha, estimator).sum().backward()
+    return -logprobs.grad
+
+
+def expected_gradient(estimator, logits, ref, proposal, rewards, beta, n):
+    """Mean gradient in the logits of a table policy, over all n-tuples of responses drawn from the
+    proposal, with their exact probabilities."""
+    size, mean = len(logits), torch.zeros_like(logits)
+    for picks in itertools.product(range(size), repeat=n):
+        picks = torch.tensor(picks)
+        variable = logits.clone().requires_grad_()
+        alpha = brain.posterior_weights(ref[picks][None], rewards[picks][None],
+                                        proposal[picks][None], beta)
+        loss = brain.brain_loss(variable.log_softmax(0)[picks][None], proposal[picks][None], alpha,
+                                estimator)
+        mean += proposal[picks].sum().exp() * torch.autograd.grad(loss.sum(), variable)[0]
+    return mean
+
+
+# ── equations ──
+def test_eq1_weights_are_the_self_normalised_posterior():
+    """By hand: p = (.5, .25), r = (0, τ log 3), q′ = (.5, .5) gives weights 1 : 1.5."""
+    alpha = brain.posterior_weights(torch.tensor([[0.5, 0.25]]).log(),
+                                    torch.tensor([[0.0, 2 * math.log(3)]]),
+                                    torch.tensor([[0.5, 0.5]]).log(), beta=2.0)
+    torch.testing.assert_close(alpha, torch.tensor([[0.4, 0.6]]))
+
+
+def test_eq1_invariances():
+    """Sums to 1 a prompt; a constant in a prompt's rewards or log-probs and any order change
+    nothing."""
+    ref, proposal, rewards = table(0, 3, 5), table(1, 3, 5), table(2, 3, 5)
+    alpha = brain.posterior_weights(ref, rewards, proposal, 0.7)
+    torch.testing.assert_close(alpha.sum(1), torch.ones(3, dtype=torch.float64))
+    shift = table(3, 3, 1)
+    torch.testing.assert_close(brain.posterior_weights(ref - shift, rewards + shift, proposal + 2,
+                                                       0.7), alpha)
+    order = torch.randperm(5)
+    torch.testing.assert_close(
+        brain.posterior_weights(ref[:, order], rewards[:, order], proposal[:, order], 0.7),
+        alpha[:, order])
+    single = [x.float() for x in (ref, rewards, proposal)]
+    torch.testing.assert_close(brain.posterior_weights(*single, 0.7).double(), alpha, atol=1e-6,
+                               rtol=1e-5)
+
+
+def test_eq2_eq3_loss_is_the_divergence_of_the_two_weights():
+    """By hand: α̂ = (.4, .6), q_θ/q′ = (1, 3) so β̂ = (.25, .75)."""
+    loss = brain.brain_loss(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.5, 1 / 6]]).log(),
+                            torch.tensor([[0.4, 0.6]]))
+    assert loss.item() == pytest.approx(0.4 * math.log(1.6) + 0.6 * math.log(0.8), abs=1e-6)
+
+
+def test_eq4_autograd_of_eq3():
+    """The gradient of (3) is −(α̂ − β̂) to 1e-10; a constant added to log q_θ changes nothing."""
+    logprobs, ref, proposal, rewards = (table(i, 4, 6) for i in range(4))
+    alpha = (ref + rewards / 0.5 - proposal).softmax(1)
+    weights = step_weights("brain", logprobs, ref, proposal, rewards, 0.5)
+    torch.testing.assert_close(weights, alpha - (logprobs - proposal).softmax(1), atol=1e-10, rtol=0)
+    shifted = step_weights("brain", logprobs + table(9, 4, 1), ref, proposal, rewards, 0.5)
+    torch.testing.assert_close(shifted, weights, atol=1e-10, rtol=0)
+
+
+def test_eq4_weights_of_the_ablations():
+    """no-self-norm: α̂ − q_θ/(N·q′); no-baseline: α̂."""
+    logprobs, ref, proposal, rewards = (table(i, 4, 6) for i in range(4))
+    alpha = (ref + rewards / 0.5 - proposal).softmax(1)
+    inputs = (logprobs, ref, proposal, rewards, 0.5)
+    torch.testing.assert_close(step_weights("no-self-norm", *inputs),
+                               alpha - (logprobs - proposal).exp() / 6, atol=1e-10, rtol=0)
+    torch.testing.assert_close(step_weights("no-baseline", *inputs), alpha, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_every_gradient_is_zero_at_the_posterior(n):
+    """Of every single batch, whatever the proposal: fixed, the policy itself, or any other."""
+    ref, rewards = table(0, 9).log_softmax(0), table(1, 9)
+    target = posterior(ref, rewards, 0.4)
+    for proposal in (ref, target, table(2, 9).log_softmax(0)):
+        for seed in range(20):
+            picks = torch.randint(9, (5, n), generator=torch.Generator().manual_seed(seed))
+            weights = step_weights("brain", target[picks], ref[picks], proposal[picks],
+                                   rewards[picks], 0.4)
+            assert weights.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("estimator", ["no-self-norm", "no-baseline"])
+def test_ablations_have_a_biased_fixed_point(estimator):
+    """Their exact expected gradient at the posterior is not zero while q′ stays p, the same for
+    both, and shrinks when q′ becomes the policy."""
+    ref, rewards = table(0, 4).log_softmax(0), table(1, 4)
+    target = posterior(ref, rewards, 0.5)
+    fixed = expected_gradient(estimator, target, ref, ref, rewards, 0.5, 3)
+    other = expected_gradient("no-baseline", target, ref, ref, rewards, 0.5, 3)
+    assert fixed.norm() > 0.01
+    torch.testing.assert_close(fixed, other, atol=1e-12, rtol=0)
+    renewed = expected_gradient(estimator, target, ref, target, rewards, 0.5, 3)
+    assert renewed.norm() < 1e-12
+    assert expected_gradient("brain", target, ref, ref, rewards, 0.5, 3).norm() < 1e-12
+
+
+def test_expected_gradient_tends_to_that_of_the_divergence():
+    """As N grows the self-normalised estimate's mean gradient tends to ∇KL(posterior ‖ q_θ)."""
+    ref, rewards, logits = table(0, 3).log_softmax(0), table(1, 3), table(2, 3)
+    exact = logits.softmax(0) - posterior(ref, rewards, 1.0).exp()
+    gaps = [(expected_gradient("brain", logits, ref, ref, rewards, 1.0, n) - exact).norm()
+            for n in (2, 4, 8)]
+    assert gaps[0] > gaps[1] > gaps[2]
+    picks = torch.multinomial(ref.exp(), 400_000, replacement=True,
+                              generator=torch.Generator().manual_seed(0))[None]
+    weights = step_weights("brain", logits.log_softmax(0)[picks], ref[picks], ref[picks],
+                           rewards[picks], 1.0)[0]
+    limit = -torch.zeros(3, dtype=torch.float64).index_add(0, picks[0], weights)
+    torch.testing.assert_close(limit, exact, atol=0.01, rtol=0)
+
+
+def test_two_samples_and_arg_max_are_dpo_with_coefficient_1():
+    """(3) with the better of two start-model samples as α̂ is −log σ(Δ), in value and gradient."""
+    logprobs, ref, rewards = table(0, 5, 2).requires_grad_(), table(1, 5, 2), table(2, 5, 2)
+    best = torch.nn.functional.one_hot(rewards.argmax(1), 2).double()
+    ours = brain.brain_loss(logprobs, ref, best)
+    margin = ((logprobs - ref) * (2 * best - 1)).sum(1)
+    dpo = -torch.nn.functional.logsigmoid(margin)
+    torch.testing.assert_close(ours, dpo)
+    gradients = [torch.autograd.grad(x.sum(), logprobs, retain_graph=True)[0] for x in (ours, dpo)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_bug24_one_hot_weights_are_finite():
+    """Rewards of ±1e4 at a tiny τ, and log-ratios of hundreds of nats, give no NaN."""
+    logprobs = torch.tensor([[-900.0, -1.0, -300.0]], requires_grad=True)
+    alpha = brain.posterior_weights(torch.zeros(1, 3), torch.tensor([[1e4, -1e4, 0.0]]),
+                                    torch.tensor([[-5.0, -2.0, -700.0]]), 1e-3)
+    loss = brain.brain_loss(logprobs, torch.tensor([[-5.0, -2.0, -700.0]]), alpha)
+    loss.sum().backward()
+    assert alpha.tolist() == [[1, 0, 0]] and loss.isfinite().all() and logprobs.grad.isfinite().all()
+
+
+def test_no_gradient_reaches_the_target_weights():
+    """main computes α̂ from log-probs without gradient."""
+    model = make_model("llama")
+    batch = common.make_batch([common.Prompt("", [5])], [[5]], [[[6, 1], [7, 1]]], model.device)
+    assert not common.logprobs(model, batch, 1.0).requires_grad
+
+
+def test_kl_estimates():
+    """On-policy k1 is the mean log-ratio; off-policy both tend to the exact KL; k3 ≥ 0."""
+    ref, policy, proposal = (table(i, 6).log_softmax(0) for i in range(3))
+    exact = (policy.exp() * (policy - ref)).sum()
+    picks = torch.multinomial(policy.exp(), 12, replacement=True,
+                              generator=torch.Generator().manual_seed(0)).view(3, 4)
+    ours = common.kl_estimates(policy[picks], ref[picks], policy[picks])
+    torch.testing.assert_close(ours["kl/ref"], (policy - ref)[picks].mean())
+    picks = torch.multinomial(proposal.exp(), 200_000, replacement=True,
+                              generator=torch.Generator().manual_seed(1))[None]
+    ours = common.kl_estimates(policy[picks], ref[picks], proposal[picks])
+    for value in ours.values():
+        assert value.item() == pytest.approx(exact.item(), rel=0.03)
+
+
+# ── the script ──
+WORDS = ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An enumerable world: 3 words and the end token, at most 2 tokens, 2 prompts."""
+    folder = tmp_path_factory.mktemp("enumerable")
+    tokenizer = word_tokenizer(WORDS)
+    size = len(tokenizer)
+    policy = make_model("llama", size)
+    with torch.no_grad():
+        policy.lm_head.weight[[0, 2, 3]] = 0  # <pad>, <unk>, <bos>: plain words to this model
+    save(folder / "sft", policy, tokenizer)
+    save(folder / "rm", make_model("llama", size, labels=1, seed=2), tokenizer)
+    rows = [{"prompt": "a b", "completion": "a"}, {"prompt": "b", "completion": "b"}]
+    write_jsonl(folder / "data" / "train.jsonl", rows)
+    write_jsonl(folder / "data" / "test.jsonl", rows)
+    return brain.Args(policy=str(folder / "sft"), reward_model=str(folder / "rm"),
+                      dataset=str(folder / "data"), max_prompt_tokens=8, max_response_tokens=2,
+                      prompts_per_step=2, samples_per_prompt=64, steps=400, lr=1e-2, warmup_steps=5,
+                      beta=2.5, eval_every=1000, eval_prompts=2, save_every=1000)
+
+
+def all_responses(args: brain.Args, policy: str):
+    """(log-probs of `policy`, rewards), [2 prompts, all responses]."""
+    args = replace(args, run_dir="")
+    run = common.Run(args, brain.__file__)
+    tokenizer = common.load_tokenizer("--policy", args.policy)
+    model = common.load_policy(common.Run(replace(args, policy=policy), brain.__file__), tokenizer)
+    reward_model = common.load_reward_model(run, model, tokenizer)
+    prompts, _ = common.load_prompts(args, tokenizer)
+    prompts = sorted(prompts, key=lambda p: p.text)
+    end, vocabulary = 1, range(len(tokenizer))
+    texts = [[end]] + [[i, j] for i in vocabulary if i != end for j in vocabulary]
+    batch = common.make_batch(prompts, [p.tokens for p in prompts], [texts, texts], model.device)
+    return common.logprobs(model, batch, 1.0).double(), common.score(reward_model, batch).double()
+
+
+@pytest.mark.parametrize("refresh", [0, 20])
+def test_the_loop_reaches_the_posterior(world, tmp_path, refresh):
+    """From the start model main() comes within 0.02 in total variation of (T), on both prompts; the
+    proposal fixed or renewed."""
+    args = replace(world, run_dir=str(tmp_path / "run"), refresh_every=refresh)
+    brain.main(args)
+    ref, rewards = all_responses(args, args.policy)
+    torch.testing.assert_close(ref.exp().sum(1), torch.ones(2, dtype=torch.float64), atol=1e-5,
+                               rtol=0)
+    target = posterior(ref, rewards, args.beta).exp()
+    before = 0.5 * (ref.exp() - target).abs().sum(1)
+    after, _ = all_responses(args, str(tmp_path / "run" / "final"))
+    distance = 0.5 * (after.exp() - target).abs().sum(1)
+    assert before.max() > 0.15 and distance.max() < 0.02, (before, distance)
+
+
+def test_first_lines_and_learning_rate(world, tmp_path):
+    """Step 0: KL 0. Step 1: β̂ is uniform, loss = log N − entropy(α̂). Bug 21: warm-up as stated.
+    A run with --micro-batch takes the same steps."""
+    lines = {}
+    for micro_batch in (0, 1):
+        args = replace(world, run_dir=str(tmp_path / str(micro_batch)), steps=8, warmup_steps=5,
+                       updates_per_sample=2, refresh_every=1, micro_batch=micro_batch)
+        brain.main(args)
+        text = (tmp_path / str(micro_batch) / "metrics.jsonl").read_text()
+        lines[micro_batch] = [json.loads(line) for line in text.splitlines()]
+    assert lines[0][0]["eval/kl"] == 0
+    for k, line in enumerate(lines[0][1:], 1):
+        assert line["optim/lr"] == pytest.approx(args.lr * min(1, 2 * k / 5))
+    for whole, parts in zip(*lines.values(), strict=True):
+        for key in ("loss", "reward/mean", "kl/ref", "optim/grad_norm", "entropy/token"):
+            if key in whole:
+                assert parts[key] == pytest.approx(whole[key], rel=1e-3, abs=1e-5)
+
+
+def test_step_1_loss_is_log_n_minus_the_entropy_of_alpha(world, tmp_path, monkeypatch):
+    """β̂ is uniform before the first update."""
+    seen, loss = [], brain.brain_loss
+    monkeypatch.setattr(brain, "brain_loss", lambda *x: seen.append(x[2]) or loss(*x))
+    brain.main(replace(world, run_dir=str(tmp_path / "run"), steps=1))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    entropy = torch.special.entr(seen[0]).sum(1).mean().item()
+    assert line["loss"] == pytest.approx(math.log(64) - entropy, abs=1e-4)
+    share = (1 / seen[0].square().sum(1)).mean().item() / 64
+    assert line["weights/ess"] == pytest.approx(share, abs=1e-5)
+    documented = {row.split("`")[1] for row in (Path(brain.__file__).parent / "docs" / "metrics.md")
+                  .read_text().splitlines() if row.startswith("| `")}
+    assert documented == set(line)
+
+
+def test_final_is_a_checkpoint(world, tmp_path):
+    """final/ loads with from_pretrained and differs from the start."""
+    brain.main(replace(world, run_dir=str(tmp_path / "run"), steps=1, warmup_steps=0))
+    final = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    start = transformers.AutoModelForCausalLM.from_pretrained(world.policy)
+    assert any(not torch.equal(a, b) for a, b in
+               zip(final.parameters(), start.parameters(), strict=True))
