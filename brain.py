@@ -137,7 +137,8 @@ def main(args: Args) -> dict[str, float]:
     reward_model = common.load_reward_model(run, policy, tokenizer)
     ref = copy.deepcopy(policy).requires_grad_(False)
     proposal = copy.deepcopy(ref) if args.refresh_every else ref
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal})
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
     if done == 0:

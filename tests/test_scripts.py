@@ -324,6 +324,28 @@ def test_chat_data_runs(world, tmp_path):
     assert line["prompt"] == "<user> a film " and line["reference"] == "good"
 
 
+def test_ties_count_half(world, tmp_path):
+    """A policy that always answers with the reference wins half the time; one that never ends
+    never has an end rate."""
+    rows = [{"prompt": "a film", "completion": "good"}] * 8
+    policy = make_model("llama", 19)
+    good = word_tokenizer().convert_tokens_to_ids("good")
+    with torch.no_grad():  # "good" after any word but itself, then the end: known at any temperature
+        for weight in policy.model.layers.parameters():
+            weight.zero_()
+        policy.model.embed_tokens.weight.copy_(torch.eye(19, 32))
+        policy.lm_head.weight.zero_()
+        policy.lm_head.weight[good] = 100
+        policy.lm_head.weight[good, good] = 0
+        policy.lm_head.weight[1, good] = 100
+    args = replace(world, steps=1, dataset=write_jsonl(tmp_path / "data.jsonl", rows),
+                   policy=save(tmp_path / "policy", policy, word_tokenizer()),
+                   run_dir=str(tmp_path / "run"), lr=1e-9)
+    result = brain.main(args)
+    assert result["eval/win_rate"] == 0.5 and result["eval/length"] == 2
+    assert result["eval/eos_rate"] == 1
+
+
 # ── resume ──
 def comparable(run: Path) -> list[dict]:
     """metrics.jsonl without what a clock or the process's memory decides."""
@@ -367,7 +389,8 @@ def test_bug29_a_killed_run_resumes_bit_for_bit(world, tmp_path, kill, at):
 
 def test_two_processes_average(tmp_path):
     """torchrun with two processes: gradients, and so the weights, are those of one process."""
-    world = make_world(tmp_path, samples_per_prompt=2, steps=2, refresh_every=0, eval_every=1)
+    world = make_world(tmp_path, samples_per_prompt=2, steps=2, refresh_every=0, eval_every=1,
+                       temperature=1e-3, micro_batch=1, eval_prompts=8)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                "--master-port", "29611", "brain.py", *flags(world)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
@@ -375,7 +398,11 @@ def test_two_processes_average(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = comparable(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2]
-    assert all(torch.isfinite(torch.tensor(list(line.values()))).all() for line in lines)
+    # At a temperature near 0 the samples, and so all that follows, do not depend on the noise.
+    brain.main(replace(world, run_dir=str(tmp_path / "one")))
+    for ours, alone in zip(lines, comparable(tmp_path / "one"), strict=True):
+        for key, value in alone.items():
+            assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
 
 # ── form ──
