@@ -51,6 +51,7 @@ PANELS = {"reward": ("reward/mean", "eval/reward"), "KL from the start model, na
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
 
 
 def require(condition: bool, message: str) -> None:
@@ -282,6 +283,8 @@ class RewardModel:
         text, messages, closing = prompts[0].text, prompts[0].messages, own.eos_token
         same = (own.get_vocab() == theirs.get_vocab() and own.chat_template == theirs.chat_template
                 and own(text)["input_ids"] == theirs(text)["input_ids"])
+        require(not messages or own.chat_template, f"--reward-model {own.name_or_path}: the data "
+                "set holds chat messages, but its tokenizer has no chat template")
         if messages:  # a chat template closes the assistant's turn in its own way
             turn = [*messages, {"role": "assistant", "content": "<answer>"}]
             closing = own.apply_chat_template(turn, tokenize=False).rpartition("<answer>")[2]
@@ -423,7 +426,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
     return prompt, tokens[:-1] if tokens[-1:] != bare[-1:] else tokens
 
 
-def split_row(row: dict, number: int) -> tuple[str | list[dict], str | None, str | None]:
+def split_row(row: dict, where: object) -> tuple[str | list[dict], str | None, str | None]:
     """(prompt, reference, rejected) of a row with columns prompt (+ completion), or prompt, chosen,
     rejected, or chosen, rejected with the prompt in both; each as text or as chat messages."""
     prompt, rejected = row.get("prompt"), row.get("rejected")
@@ -435,11 +438,15 @@ def split_row(row: dict, number: int) -> tuple[str | list[dict], str | None, str
         prompt, reference, rejected = reference[:cut], reference[cut:], rejected[cut:]
     if isinstance(reference, list) and not isinstance(prompt, list):
         prompt = reference[:-1]
-    reference, rejected = (answer[-1]["content"] if isinstance(answer, list) and answer else answer
+    turns = [x for x in (prompt, reference, rejected) if isinstance(x, list)]
+    chat = all(x and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                         and isinstance(m.get("content"), str) for m in x) for x in turns)
+    require(chat and isinstance(prompt, str | list) and isinstance(reference, str | list | None),
+            f"--dataset {where} has a {type(prompt).__name__} as prompt and a "
+            f"{type(reference).__name__} as completion; needed is text, or lists of chat messages "
+            "with role and content")
+    reference, rejected = (answer[-1]["content"] if isinstance(answer, list) else answer
                            for answer in (reference, rejected))
-    require(isinstance(prompt, str | list) and isinstance(reference, str | None),
-            f"--dataset: row {number} has a {type(prompt).__name__} as prompt and a "
-            f"{type(reference).__name__} as completion; text or lists of chat messages are needed")
     return prompt, reference, rejected
 
 
@@ -450,7 +457,7 @@ def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) 
     for i in order:
         if len(kept) == most:
             break
-        prompt, reference, rejected = split_row(rows[i], i)
+        prompt, reference, rejected = split_row(rows[i], f"{args.dataset}: row {i}")
         messages = prompt if isinstance(prompt, list) else None
         require(not messages or tokenizer.chat_template, f"--dataset {args.dataset}: holds chat "
                 f"messages, but the tokenizer of --policy {args.policy} has no chat template")
@@ -481,6 +488,7 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
             f"columns {columns}; needed are prompt (+ completion), or chosen and rejected")
     held_out = splits[test[0]] if test else None
     if not test:
+        require(len(rows) > 1, f"--dataset {name}: no usable row beside the one to hold out")
         first = len(rows) - min(args.eval_prompts, len(rows) // 2)
         print(f"--dataset {name}: one split only, so its rows from {first} on are held out")
         held_out, rows = rows.select(range(first, len(rows))), rows.select(range(first))
@@ -512,10 +520,14 @@ def parse_args(args_class, argv: list[str] | None = None):
     if args.resume:
         path = Path(args.resume, "args.json")
         require(path.is_file(), f"--resume {args.resume}: not a run folder, it has no args.json")
-        about, script = json.loads(path.read_text()), sys.modules[args_class.__module__].__file__
-        require(about["script"] == Path(script).name, f"--resume {args.resume}: a run of "
-                f"{about['script']}")
-        saved = args_class(**about["args"] | {"resume": args.resume})
+        script = Path(sys.modules[args_class.__module__].__file__).name
+        try:
+            about = json.loads(path.read_text())
+            theirs, saved = about["script"], about["args"] | {"resume": args.resume}
+            saved = args_class(**saved) if theirs == script else None
+        except (ValueError, KeyError, TypeError) as error:
+            require(False, f"--resume {args.resume}: its args.json is damaged ({error})")
+        require(theirs == script, f"--resume {args.resume}: a run of {theirs}")
         args = tyro.cli(args_class, args=argv, default=saved)
         changed = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value != getattr(saved, name)]
@@ -698,6 +710,7 @@ def evaluate(run: Run, step: int, policy, base, reward_model: RewardModel,
                   "kl": logprobs(policy, batch, args.temperature, args.micro_batch)
                   - logprobs(base, batch, args.temperature, args.micro_batch),
                   "length": batch.response_mask.sum(2), "eos_rate": ended(policy, batch)}
+        require_finite(values["reward"], "the reward", batch)
         texts = reward_model.policy_tokenizer.batch_decode(
             [t[m] for t, m in zip(batch.response_tokens[:, 0], batch.response_mask[:, 0])],
             skip_special_tokens=True)
