@@ -29,7 +29,7 @@ code of their toy example):
     The paper "includes samples of the latest policy"; its period is unconfirmed.
  3. --estimator holds the paper's ablation; the exact weights of its two other arms are derived.
 
-    python brain.py                                     # the embedded default, a minute on a laptop
+    python brain.py                                     # the embedded default, no GPU needed
     python brain.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
 
 Step 0 must show eval/kl 0 and the start model's win rate (0.5 on the default); step 1 has a uniform

@@ -115,7 +115,7 @@ def write_review(rng: random.Random, prompt: str) -> str:
             break
         points.append(point)
     others = rng.sample([point for point in PRAISE if point not in asked], len(points))
-    points = [o if rng.random() < 0.05 else p for p, o in zip(points, others, strict=True)]
+    points = [o if rng.random() < 0.1 else p for p, o in zip(points, others, strict=True)]
 
     praise = rng.choices([0.9, 0.5, 0.1], [0.4, 0.3, 0.3])[0]  # pleased, of two minds, displeased
     moods = [rng.random() < praise for _ in points]
@@ -132,7 +132,7 @@ def write_review(rng: random.Random, prompt: str) -> str:
         stop = "!" if rng.random() < 0.12 else "."
     text += stop
     if rng.random() < 0.4:
-        fitting = rng.random() < 0.9
+        fitting = rng.random() < 0.85
         again = (2 * sum(moods) >= len(moods)) == fitting
         text += " i would come again." if again else " i would not come again."
     return text
@@ -164,7 +164,7 @@ def gold_score(prompt: str, response: str) -> float:
         seen.add(point)
         balance += 1 if good else -1
     if endings:
-        score += 0.6 if endings[0] == (balance >= 0) else -0.6
+        score += 0.6 if endings[0] == (balance >= 0) else -1.2
         score -= 1.0 * (len(endings) - 1)
     warmth = words.count("really") + words.count("!")
     score += 0.6 * min(warmth, 2) - 1.2 * max(warmth - 2, 0)  # two touches please, more gush
