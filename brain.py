@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
 import common
+import runlog
 
 
 @dataclass
@@ -127,7 +128,7 @@ def brain_loss(logprobs: Tensor, proposal_logprobs: Tensor, alpha: Tensor,
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last evaluation by metric name."""
     # ── set up ──
-    run = common.Run(args, __file__)
+    run = runlog.Run(args, __file__)
     common.require(args.beta > 0, f"--beta {args.beta}: must be more than 0")
     common.require(args.samples_per_prompt > 1, f"--samples-per-prompt {args.samples_per_prompt}: "
                    "weights are normalised over the samples of a prompt; take 2 or more")
@@ -135,6 +136,7 @@ def main(args: Args) -> dict[str, float]:
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
+    held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
     ref = copy.deepcopy(policy).requires_grad_(False)
     proposal = copy.deepcopy(ref) if args.refresh_every else ref
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
@@ -149,16 +151,16 @@ def main(args: Args) -> dict[str, float]:
         if args.refresh_every and (step - 1) % args.refresh_every == 0:
             proposal.load_state_dict(policy.state_dict())
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
-        started = common.clock(run.device)
+        started = run.clock()
         batch, _ = common.sample(proposal, prompts, args.samples_per_prompt,
                                  args.max_response_tokens, args.temperature,
                                  common.seed_of(args.seed, step, run.rank))
-        sampled = common.clock(run.device)
+        sampled = run.clock()
 
         # ── score ──
         rewards = common.score(reward_model, batch, args.micro_batch)
         common.require_finite(rewards, "the reward", batch)
-        scored = common.clock(run.device)
+        scored = run.clock()
 
         # ── targets ──
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
@@ -181,7 +183,7 @@ def main(args: Args) -> dict[str, float]:
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        updated = common.clock(run.device)
+        updated = run.clock()
 
         # ── log ──
         logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
@@ -195,7 +197,7 @@ def main(args: Args) -> dict[str, float]:
             "time/sample_s": sampled - started, "time/score_s": scored - sampled,
             "time/update_s": updated - scored,
             "tokens_per_s": run.world * lengths.sum() / (updated - started),
-            "memory/peak_gib": common.peak_memory(run.device),
+            "memory/peak_gib": run.peak_memory(),
             "weights/ess": (1 / alpha.square().sum(1)).mean() / args.samples_per_prompt,
         }
 
@@ -219,4 +221,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(common.parse_args(Args))
+    main(runlog.parse_args(Args))

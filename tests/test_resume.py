@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import brain
 import common
+import runlog
 
 ROOT = Path(brain.__file__).parent
 STEPS = {"--steps": "12", "--save-every": "3", "--eval-every": "5", "--refresh-every": "7"}
@@ -160,7 +161,7 @@ def test_a_kill_while_the_checkpoint_is_written_leaves_the_last_one_whole(
 def test_a_kill_between_log_and_checkpoint(world, whole, tmp_path, monkeypatch):
     """And a line that was cut in two: the log is cut back to the checkpoint, no step twice."""
     run = tmp_path / "run"
-    run_until_killed(world | {"--run-dir": str(run)}, monkeypatch, common.Run, "save", 2)
+    run_until_killed(world | {"--run-dir": str(run)}, monkeypatch, runlog.Run, "save", 2)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "rewa')
     train({"--resume": str(run)})
@@ -172,7 +173,7 @@ def test_a_kill_between_log_and_checkpoint(world, whole, tmp_path, monkeypatch):
 def test_a_kill_at_the_end(world, whole, tmp_path, monkeypatch, where):
     """Before final/ is written, and after it: resume has only to finish."""
     run = tmp_path / "run"
-    target = common if where == "plot" else common.Run
+    target = runlog if where == "plot" else runlog.Run
     run_until_killed(world | {"--run-dir": str(run)}, monkeypatch, target, where, 1)
     assert (run / "final").exists() == (where == "plot")
     train({"--resume": str(run)})
@@ -182,7 +183,7 @@ def test_a_kill_at_the_end(world, whole, tmp_path, monkeypatch, where):
 def test_resume_of_a_finished_run_changes_nothing(world, whole, tmp_path, capsys):
     run = train(world | {"--run-dir": str(tmp_path / "run")})
     lines = comparable(run)
-    args = common.parse_args(brain.Args, ["--resume", str(run)])
+    args = runlog.parse_args(brain.Args, ["--resume", str(run)])
     result = brain.main(args)
     assert comparable(run) == lines
     assert_same(run, whole("plain"))
@@ -202,7 +203,7 @@ def test_a_run_depends_on_its_flags_only(world, whole, tmp_path, monkeypatch):
 
 def test_resume_from_a_folder_of_another_name(world, whole, tmp_path, monkeypatch):
     """A run folder that was moved goes on where it is now."""
-    run_until_killed(world | {"--run-dir": str(tmp_path / "run")}, monkeypatch, common.Run, "save",
+    run_until_killed(world | {"--run-dir": str(tmp_path / "run")}, monkeypatch, runlog.Run, "save",
                      3)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     train({"--resume": str(moved)})

@@ -1,0 +1,233 @@
+"""A run outside the mathematics: its flags, processes, folder, log, checkpoint and clock."""
+
+import importlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+import tyro
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import ROOT, load, require
+
+POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
+            "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
+            "eval_prompts", "save_every")  # flags that must be; all other numbers may be 0
+HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
+PANELS = {"reward": ("reward/mean", "eval/reward"), "KL from the start model, nats": ("kl/ref",
+          "eval/kl"), "win rate": ("eval/win_rate",), "tokens a response": ("length/mean",
+          "eval/length"), "entropy, nats a token": ("entropy/token",), "loss": ("loss",)}
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
+
+def parse_args(args_class, argv: list[str] | None = None):
+    """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
+    args, script = tyro.cli(args_class, args=argv), sys.modules[args_class.__module__].__file__
+
+    def read(path: str):
+        about = json.loads(Path(path).read_text())
+        require(about["script"] == Path(script).name, f"--resume {args.resume}: a run of "
+                f"{about['script']}")
+        return args_class(**about["args"] | {"resume": args.resume})
+
+    if not args.resume:
+        return args
+    saved = load("--resume", f"{args.resume}/args.json", read)
+    args = tyro.cli(args_class, args=argv, default=saved)
+    for name, value in vars(args).items():
+        require(value == getattr(saved, name), f"--{name.replace('_', '-')} {value}: "
+                f"{args.resume} has {getattr(saved, name)}; leave it out")
+    return args
+
+class Run:
+    """One run: its flags, process, device, folder, log and checkpoint."""
+
+    def __init__(self, args, script: str):
+        for name, value in vars(args).items():
+            good = not isinstance(value, int | float) or 0 <= value < math.inf
+            require(good and (value or name not in POSITIVE), f"--{name.replace('_', '-')} "
+                    f"{value}: must be {'more than' if name in POSITIVE else 'at least'} 0")
+        self.args, self.script, self.begun = args, Path(script), time.perf_counter()
+        self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
+                                        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        require(args.prompts_per_step % self.world == 0, f"--prompts-per-step "
+                f"{args.prompts_per_step}: cannot be split over {self.world} processes")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group()
+        self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        require(args.track == "none" or importlib.util.find_spec(args.track),
+                f"--track {args.track}: not installed; pip install {args.track}")
+        name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.run_dir or Path("runs", name))
+        require(args.resume or not self.folder.exists(), f"--run-dir {self.folder}: exists; "
+                f"continue it with --resume {self.folder}, or name another")
+
+    def open(self, state: dict) -> int:
+        """Makes the run folder; with --resume, restores `state` (models and optimizer by name) from
+        its checkpoint. Returns the number of steps done."""
+        self.state, self.interrupted, args = state, False, self.args
+        done = self._restore() if args.resume else 0
+        if self.rank == 0:
+            if not args.resume:
+                self._make_folder()
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
+            self.tracker = args.track != "none" and importlib.import_module(args.track)
+            if self.tracker:
+                self.tracker.init(project="alignment", name=self.folder.name, config=asdict(args))
+        silent = self.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=args.steps, initial=done, disable=silent)
+
+        def interrupt(*_):  # the first Ctrl-C ends the run after this step, a second one at once
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, interrupt)
+        return done
+
+    def _make_folder(self) -> None:
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        versions = {x.__name__: x.__version__ for x in (torch, transformers, datasets)}
+        about = {"script": self.script.name, "command": sys.argv, "args": asdict(self.args),
+                 "commit": git.stdout.decode().strip(), "device": gpu, "versions": versions}
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            require(False, f"--run-dir {self.folder}: {error.strerror}; name another")
+        (self.folder / "args.json").write_text(json.dumps(about, indent=2))
+        for source in (self.script, __file__, ROOT / "common.py"):
+            shutil.copy(source, self.folder)
+
+    def _identity(self) -> dict:
+        return {"script": self.script.name} | asdict(self.args) | {"resume": "", "run_dir": ""}
+
+    def _restore(self) -> int:
+        path, done = self.folder / "checkpoint" / "state.pt", -1
+        if path.exists():  # else the run ended before its first checkpoint, and starts anew
+            try:
+                saved = torch.load(path, map_location=self.device, weights_only=True)
+                require(saved["run"] == self._identity(), f"--resume {self.folder}: its checkpoint "
+                        "is of another script or of other flags")
+                for name, part in self.state.items():
+                    part.load_state_dict(saved[name])
+                done = saved["step"]
+            except Exception as error:  # a damaged file fails in as many ways as it has bytes
+                require(False, f"--resume {self.folder}: {path} is cut short or damaged "
+                        f"({type(error).__name__})")
+        for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            log.write_text("".join(line for line in lines if line.endswith("\n")
+                                   and json.loads(line)["step"] <= done))
+        return max(done, 0)
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
+        path = self.folder / "checkpoint" / "state.pt"
+        path.parent.mkdir(exist_ok=True)
+        if self.rank == 0:
+            with open(path.with_suffix(".new"), "wb") as file:
+                parts = {name: part.state_dict() for name, part in self.state.items()}
+                torch.save({"step": step, "run": self._identity()} | parts, file)
+                os.fsync(file.fileno())
+            os.replace(path.with_suffix(".new"), path)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replaces tensors by their means over all processes."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
+            tensor /= self.world
+
+    def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
+        """Adds means over processes to metrics.jsonl and TensorBoard, samples to samples.jsonl."""
+        values = torch.tensor(list(map(float, metrics.values())), dtype=torch.float64)
+        self.average([values := values.to(self.device)])
+        if self.rank:
+            return
+        metrics = dict(zip(metrics, values.tolist()))
+        for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
+            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(metrics, step=step)
+        shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
+        self.bar.set_postfix_str(shown)
+        self.bar.update(step - self.bar.n)
+        if "eval/reward" in metrics:
+            tqdm.write(f"step {step:4}  {shown}")
+
+    def clock(self) -> float:
+        """Seconds, read after the device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def peak_memory(self) -> float:
+        """GiB at the most so far: of the GPU's tensors, or of the whole process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def close(self, policy, tokenizer) -> None:
+        """Writes final/ and the plot; shows samples of the first and the last evaluation."""
+        if self.rank == 0:
+            self.bar.close()
+            self.board.close()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            new, final = self.folder / "final.new", self.folder / "final"
+            policy.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            shutil.rmtree(final, ignore_errors=True)
+            new.rename(final)
+            plot(self.folder)
+            show_samples(self.folder)
+            print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png and final/ "
+                  f"after {time.perf_counter() - self.begun:.0f} s")
+
+def show_samples(folder: Path, count: int = 3) -> None:
+    """Prints what the policy answered to the first held-out prompts, before and after."""
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    before, after = ([x for x in lines if x["step"] == lines[end]["step"]] for end in (0, -1))
+    for first, last in list(zip(before, after))[:count]:
+        for label, line, key in (("prompt", first, "prompt"), ("before", first, "response"),
+                                 ("after", last, "response")):
+            label += "" if key == "prompt" else f" {line['reward']:+.2f}"
+            print(textwrap.fill(f"{label:14}{line[key]}", 100, subsequent_indent=" " * 14))
+        print()
+
+def plot(folder: Path) -> None:
+    """Draws plots/training.png from metrics.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, PANELS.items()):
+        for key in keys:
+            points = [(x["step"], x[key]) for x in lines if key in x]
+            axis.plot(*zip(*points), "o-" if key.startswith("eval") else "-", label=key, ms=4)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    (folder / "plots").mkdir(exist_ok=True)
+    figure.savefig(folder / "plots" / "training.png", dpi=100)
