@@ -43,7 +43,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, softmax
 
 import common
 import runlog
@@ -75,7 +74,7 @@ class Args:
     """optimizer steps on each batch of samples"""
     micro_batch: int = 0
     """prompts a forward and backward pass, to save memory; 0 = all; gradients stay the same"""
-    lr: float = 3e-4
+    lr: float = 5e-4
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
     """updates in which the step size grows linearly from 0"""
@@ -99,7 +98,7 @@ class Args:
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
     # BRAIn
-    beta: float = 0.3
+    beta: float = 0.2
     """τ, the KL weight of the target: reward units a nat"""
     estimator: Literal["brain", "no-self-norm", "no-baseline"] = "brain"
     """brain: weights α̂ − β̂; no-self-norm: α̂ − (1/N)·q_θ/q′; no-baseline: α̂"""
@@ -110,7 +109,7 @@ class Args:
 def posterior_weights(ref_logprobs: Tensor, rewards: Tensor, proposal_logprobs: Tensor,
                       beta: float) -> Tensor:
     """α̂ [P, N], which sums to 1 over the N samples of a prompt, from three [P, N]."""
-    return softmax(ref_logprobs + rewards / beta - proposal_logprobs, dim=1)  # (1)
+    return torch.softmax(ref_logprobs + rewards / beta - proposal_logprobs, dim=1)  # (1)
 
 
 def brain_loss(logprobs: Tensor, proposal_logprobs: Tensor, alpha: Tensor,
@@ -118,46 +117,53 @@ def brain_loss(logprobs: Tensor, proposal_logprobs: Tensor, alpha: Tensor,
     """Loss [P] in nats of logprobs, proposal_logprobs and alpha, [P, N] each."""
     b = logprobs - proposal_logprobs
     if estimator == "brain":
-        log_beta = log_softmax(b, dim=1)  # (2)
+        log_beta = torch.log_softmax(b, dim=1)  # (2)
         return (torch.xlogy(alpha, alpha) - alpha * log_beta).sum(1)  # (3)
     # The ablations have no loss of their own: this has the gradient (4) with their weights.
     raw = b.exp().detach() / b.shape[1] if estimator == "no-self-norm" else 0.0
     return -((alpha - raw) * logprobs).sum(1)  # (4)
 
 
+def check(args: Args) -> None:
+    """Ends the process where flags do not fit the method."""
+    common.require(args.beta > 0, f"--beta {args.beta}: must be more than 0")
+    common.require(args.samples_per_prompt > 1, f"--samples-per-prompt {args.samples_per_prompt}: "
+                   "weights are normalised over the samples of a prompt; take 2 or more")
+
+
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last evaluation by metric name."""
     # ── set up ──
     run = runlog.Run(args, __file__)
-    common.require(args.beta > 0, f"--beta {args.beta}: must be more than 0")
-    common.require(args.samples_per_prompt > 1, f"--samples-per-prompt {args.samples_per_prompt}: "
-                   "weights are normalised over the samples of a prompt; take 2 or more")
+    check(args)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
     held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
     ref = copy.deepcopy(policy).requires_grad_(False)
-    proposal = copy.deepcopy(ref) if args.refresh_every else ref
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
                                   fused=True)
+
+    # ── models of the method ──
+    proposal = copy.deepcopy(ref) if args.refresh_every else ref
     done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal})
+
+    # ── start ──
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
     if done == 0:
         run.log(0, evaluation, samples)
 
     for step in range(done + 1, args.steps + 1):
         # ── sample ──
-        if args.refresh_every and (step - 1) % args.refresh_every == 0:
-            proposal.load_state_dict(policy.state_dict())
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
         started = run.clock()
         batch, _ = common.sample(proposal, prompts, args.samples_per_prompt,
                                  args.max_response_tokens, args.temperature,
                                  common.seed_of(args.seed, step, run.rank))
-        sampled = run.clock()
 
         # ── score ──
+        sampled = run.clock()
         rewards = common.score(reward_model, batch, args.micro_batch)
         common.require_finite(rewards, "the reward", batch)
         scored = run.clock()
@@ -183,14 +189,18 @@ def main(args: Args) -> dict[str, float]:
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        updated = run.clock()
+
+        # ── renew ──
+        if args.refresh_every and step % args.refresh_every == 0:
+            proposal.load_state_dict(policy.state_dict())
 
         # ── log ──
+        updated = run.clock()
         logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
         lengths = batch.response_mask.sum(-1)
         metrics = {
             "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
-            **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
             "entropy/token": entropy.sum() / lengths.sum(), "length/mean": lengths.float().mean(),
             "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
             "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
@@ -198,8 +208,10 @@ def main(args: Args) -> dict[str, float]:
             "time/update_s": updated - scored,
             "tokens_per_s": run.world * lengths.sum() / (updated - started),
             "memory/peak_gib": run.peak_memory(),
-            "weights/ess": (1 / alpha.square().sum(1)).mean() / args.samples_per_prompt,
         }
+
+        # ── log of the method ──
+        metrics["weights/ess"] = (1 / alpha.square().sum(1)).mean() / args.samples_per_prompt
 
         # ── evaluate ──
         samples = []

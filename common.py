@@ -46,6 +46,7 @@ class Prompt:
     text: str
     tokens: list[int]
     reference: str | None = None  # the data set's completion, or else its chosen response
+    chosen: str | None = None
     rejected: str | None = None
     messages: list[dict] | None = None  # set when the data set holds chat messages
     reference_reward: float | None = None  # set on held-out prompts
@@ -62,6 +63,14 @@ class Batch:
     def __getitem__(self, rows: slice) -> "Batch":
         return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def beside(self, other: "Batch") -> "Batch":
+        """The same prompts with the responses of both batches."""
+        longest = max(self.response_mask.shape[2], other.response_mask.shape[2])
+        both = [[F.pad(x, (0, longest - x.shape[2])) for x in (y.response_tokens, y.response_mask)]
+                for y in (self, other)]
+        both = (torch.cat(x, 1) for x in zip(*both))
+        return Batch(self.prompts, self.prompt_tokens, self.prompt_mask, *both)
+
 def pad(rows: list[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """(tokens, mask), [rows, longest] each. Token 0 fills up: a mask, never a token, hides it."""
     tokens = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, side)
@@ -74,10 +83,11 @@ def make_batch(prompts: list[Prompt], prompt_ids: list[list[int]],
     responses = (x.view(len(prompts), len(response_ids[0]), -1) for x in responses)
     return Batch(prompts, *pad(prompt_ids, "left", device), *responses)
 
-def encode_responses(tokenizer, policy, prompts: list[Prompt], texts: list[list[str]]) -> Batch:
-    """Batch of given responses, texts [P][N], each closed by the policy's end token."""
-    ids = [[tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_tokens[:1]
-            for text in group] for group in texts]
+def encode_responses(tokenizer, policy, prompts: list[Prompt], texts: list[list[str]],
+                     max_tokens: int | None = None) -> Batch:
+    """Batch of given responses, texts [P][N], closed by the policy's end token, then cut."""
+    ids = [[(tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_tokens[:1])
+            [:max_tokens] for text in group] for group in texts]
     return make_batch(prompts, [prompt.tokens for prompt in prompts], ids, policy.device)
 
 def micro_batches(count: int, size: int) -> list[slice]:
@@ -144,7 +154,8 @@ def _response_states(model, batch: Batch, tokens: Tensor) -> Tensor:
     states = _forward(model, row, 0, mask, owner, offset)
     before, inside = states.split([prompt.shape[1], width * t], 1)
     first = before[:, None, -1:].expand(-1, width, -1, -1)
-    return torch.cat([first, inside.reshape(len(row), width, t, -1)], 2).view(count, n, t + 1, -1)
+    inside = inside.reshape(len(row), width, t, first.shape[-1])
+    return torch.cat([first, inside], 2).view(count, n, t + 1, -1)
 
 def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Sums over each response's tokens, [P, N] each, in nats: its log-prob (with gradient), and the
@@ -248,8 +259,8 @@ def read_as(judge: RewardModel, batch: Batch) -> Batch:
     prompt_ids = [p.tokens if judge.same_tokens else encode_prompt(own, p.messages or p.text)[1]
                   for p in batch.prompts]
     response_ids = []
-    rows = (batch.response_tokens, batch.response_mask, ended(judge.policy, batch))
-    for tokens, mask, ends in zip(*(x.cpu() for x in rows)):
+    finished = ended(judge.policy, batch).cpu()
+    for tokens, mask, ends in zip(batch.response_tokens.cpu(), batch.response_mask.cpu(), finished):
         ids = [t[m].tolist()[: -1 if end else None] for t, m, end in zip(tokens, mask, ends)]
         if not judge.same_tokens:
             texts = judge.policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -258,8 +269,7 @@ def read_as(judge: RewardModel, batch: Batch) -> Batch:
     return make_batch(batch.prompts, prompt_ids, response_ids, judge.model.device)
 
 def _read_scores(model, batch: Batch) -> Tensor:
-    """Rewards [P, N] in fp32, read at the last attended token of each response. (The classifiers of
-    transformers look for the last token that is no pad token: one too early where pad = end.)"""
+    """Rewards [P, N] in fp32, read at each response's last token, even if it is the pad token."""
     longest = int((batch.prompt_mask.sum(1) + batch.response_mask.sum(2).amax(1)).max())
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     require(longest <= limit, f"--reward-model: its context of {limit} tokens is shorter than a "
@@ -270,14 +280,16 @@ def _read_scores(model, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def score(judge: RewardModel, batch: Batch, micro_batch: int = 0) -> Tensor:
-    """Rewards [P, N] in reward units, `micro_batch` prompts a pass."""
+    """Rewards [P, N] in reward units, `micro_batch` prompts a pass. Equal responses to a prompt get
+    equal ones, that of the first: rounding depends on where in its row a response lies."""
     slices = micro_batches(len(batch.prompts), micro_batch)
-    return torch.cat([_read_scores(judge.model, read_as(judge, batch[s])) for s in slices])
+    rewards = torch.cat([_read_scores(judge.model, read_as(judge, batch[s])) for s in slices])
+    tokens = batch.response_tokens.masked_fill(~batch.response_mask, -1)
+    return rewards.gather(1, (tokens[:, :, None] == tokens[:, None]).all(-1).byte().argmax(2))
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
 def load(flag: str, name: str, loader, **options):
-    """`loader` on a path from here or from this file's folder, or on a hub name: any failure of it
-    is one line. Remote code never runs."""
+    """`loader` on a path (from here or this file's folder) or hub name; a failure is one line."""
     paths = [path for path in (Path(name).expanduser(), ROOT / name) if path.exists()]
     local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
     require(paths or not local, f"{flag} {name}: no such file or folder")
@@ -372,28 +384,27 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
     tokens, bare = (tokenizer(prompt, add_special_tokens=x)["input_ids"] for x in (True, False))
     return prompt, tokens[:-1] if tokens[-1:] != bare[-1:] else tokens
 
-def split_row(row: dict, where: object) -> tuple[str | list[dict], str | None, str | None]:
-    """(prompt, reference, rejected) of a row with columns prompt (+ completion), or prompt, chosen,
-    rejected, or chosen, rejected with the prompt in both; each as text or as chat messages."""
-    prompt, rejected = row.get("prompt"), row.get("rejected")
-    reference = row.get("completion", row.get("chosen"))
-    if prompt is None and isinstance(reference, str) and isinstance(rejected, str):
+def split_row(row: dict, where: object) -> tuple:
+    """(prompt, reference, chosen, rejected) of a row with columns prompt (+ completion), or prompt,
+    chosen, rejected, or chosen, rejected with the prompt in both; texts or lists of messages."""
+    names = ("prompt", "completion", "chosen", "rejected")
+    prompt, completion, chosen, rejected = (row.get(name) for name in names)
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         # Two transcripts: the prompt is what they share, up to the assistant's last turn.
-        shared, turn = os.path.commonprefix([reference, rejected]), "\n\nAssistant:"
+        shared, turn = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
         cut = shared.rfind(turn) + len(turn) if turn in shared else shared.rfind(" ") + 1
-        prompt, reference, rejected = reference[:cut], reference[cut:], rejected[cut:]
-    if isinstance(reference, list) and not isinstance(prompt, list):
-        prompt = reference[:-1]
-    turns = [x for x in (prompt, reference, rejected) if isinstance(x, list)]
-    chat = all(x and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+    answers = [x for x in (completion, chosen, rejected) if x is not None]
+    if answers and isinstance(answers[0], list) and not isinstance(prompt, list):
+        prompt = answers[0][:-1]
+    turns = [x for x in (prompt, *answers) if isinstance(x, list)]
+    good = all(x and all(isinstance(m, dict) and isinstance(m.get("role"), str)
                          and isinstance(m.get("content"), str) for m in x) for x in turns)
-    require(chat and isinstance(prompt, str | list) and isinstance(reference, str | list | None),
-            f"--dataset {where} has a {type(prompt).__name__} as prompt and a "
-            f"{type(reference).__name__} as completion; needed is text, or lists of chat messages "
-            "with role and content")
-    reference, rejected = (answer[-1]["content"] if isinstance(answer, list) else answer
-                           for answer in (reference, rejected))
-    return prompt, reference, rejected
+    require(good and all(isinstance(x, str | list) for x in (prompt, *answers)), f"--dataset "
+            f"{where}: needs text, or lists of messages with role and content, as {names}")
+    completion, chosen, rejected = (answer[-1]["content"] if isinstance(answer, list) else answer
+                                    for answer in (completion, chosen, rejected))
+    return prompt, chosen if completion is None else completion, chosen, rejected
 
 def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) -> list[Prompt]:
     """The first `most` usable prompts of `rows` in `order`. Empty prompts, empty completions and
@@ -402,17 +413,17 @@ def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) 
     for i in order:
         if len(kept) == most:
             break
-        prompt, reference, rejected = split_row(rows[i], f"{args.dataset}: row {i}")
+        prompt, *answers = split_row(rows[i], f"{args.dataset}: row {i}")
         messages = prompt if isinstance(prompt, list) else None
         require(not messages or tokenizer.chat_template, f"--dataset {args.dataset}: holds chat "
                 f"messages, but the tokenizer of --policy {args.policy} has no chat template")
         text, tokens = encode_prompt(tokenizer, prompt) if prompt else ("", [])
-        if not tokens or (reference is not None and not reference.strip()):
+        if not tokens or not all(answer is None or answer.strip() for answer in answers):
             empty += 1
         elif len(tokens) > args.max_prompt_tokens:
             long += 1
         else:
-            kept.append(Prompt(text, tokens, reference, rejected, messages))
+            kept.append(Prompt(text, tokens, *answers, messages))
     print(f"{len(kept):,} {what} prompts; dropped {empty} with an empty prompt or completion and "
           f"{long} longer than --max-prompt-tokens {args.max_prompt_tokens}")
     require(kept, f"--dataset {args.dataset}: no usable {what} prompt")
@@ -453,14 +464,13 @@ def seed_of(*parts) -> int:
     """A seed for a generator from whatever tells its draws from all others."""
     return random.Random(repr(parts)).getrandbits(63)
 
-def score_references(reward_model: RewardModel, prompts: list[Prompt], size: int) -> list[Prompt]:
+def score_references(judge: RewardModel, prompts: list[Prompt], size: int) -> list[Prompt]:
     """The prompts with the rewards of their references, if all have one; `size` prompts a pass."""
     if any(prompt.reference is None for prompt in prompts):
         return prompts
-    texts = [[prompt.reference] for prompt in prompts]
-    batches = [encode_responses(reward_model.policy_tokenizer, reward_model.policy, prompts[rows],
-                                texts[rows]) for rows in micro_batches(len(prompts), size)]
-    rewards = [reward for batch in batches for reward in score(reward_model, batch)[:, 0].tolist()]
+    parts = (prompts[rows] for rows in micro_batches(len(prompts), size))
+    rewards = torch.cat([score(judge, encode_responses(judge.policy_tokenizer, judge.policy, part, [
+        [prompt.reference] for prompt in part])) for part in parts])[:, 0].tolist()
     return [replace(prompt, reference_reward=x) for prompt, x in zip(prompts, rewards)]
 
 def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
@@ -481,20 +491,10 @@ def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
             theirs = torch.tensor([[prompt.reference_reward] for prompt in part], device=run.device)
             values["win_rate"] = (values["reward"] > theirs) + 0.5 * (values["reward"] == theirs)
         totals.append(values)
-        texts = reward_model.policy_tokenizer.batch_decode(
-            [t[m] for t, m in zip(batch.response_tokens[:, 0], batch.response_mask[:, 0])],
-            skip_special_tokens=True)
+        texts = [reward_model.policy_tokenizer.decode(tokens[mask], skip_special_tokens=True) for
+                 tokens, mask in zip(batch.response_tokens[:, 0], batch.response_mask[:, 0])]
         samples += [{"step": step, "prompt": prompt.text, "response": text, "reward": reward,
                      "reference": prompt.reference, "reference_reward": prompt.reference_reward}
                     for prompt, text, reward in zip(part, texts, values["reward"][:, 0].tolist())]
     return {f"eval/{name}": torch.cat([x[name] for x in totals]).double().mean().item()
             for name in totals[0]}, samples
-
-def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
-    """kl/ref (k1) and kl/k3, nats a response: the policy's KL from the reference on samples of the
-    proposal, [P, N] each, which self-normalised importance weights turn into the policy's own."""
-    weights = torch.softmax((logprobs - proposal_logprobs).double(), dim=1)
-    ratio = (ref_logprobs - logprobs).double()
-    return {"kl/ref": (weights * -ratio).sum(1).mean(),
-            "kl/k3": (weights * (ratio.exp() - 1 - ratio)).sum(1).mean()}
-

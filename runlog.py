@@ -1,4 +1,4 @@
-"""A run outside the mathematics: its flags, processes, folder, log, checkpoint and clock."""
+"""A run: its flags, processes, folder, log, checkpoint and clock."""
 
 import importlib
 import json
@@ -203,6 +203,14 @@ class Run:
             show_samples(self.folder)
             print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png and final/ "
                   f"after {time.perf_counter() - self.begun:.0f} s")
+
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
+    """kl/ref (k1) and kl/k3, nats a response: the policy's KL from the reference on samples of the
+    proposal, [P, N] each, which self-normalised importance weights turn into the policy's own."""
+    weights = torch.softmax((logprobs - proposal_logprobs).double(), dim=1)
+    ratio = (ref_logprobs - logprobs).double()
+    return {"kl/ref": (weights * -ratio).sum(1).mean(),
+            "kl/k3": (weights * (ratio.exp() - 1 - ratio)).sum(1).mean()}
 
 def show_samples(folder: Path, count: int = 3) -> None:
     """Prints what the policy answered to the first held-out prompts, before and after."""

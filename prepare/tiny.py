@@ -56,9 +56,9 @@ class Args:
 
     out: str = "assets/tiny"  # folder to write
     seed: int = 1  # everything is drawn from it
-    sft_steps: int = 700  # steps of 48 fresh reviews
-    reward_steps: int = 400  # steps of 64 preference pairs
-    reward_pairs: int = 10_000  # pairs to train the reward model; data/ keeps the first train_rows
+    sft_steps: int = 600  # steps of 48 fresh reviews
+    reward_steps: int = 1_000  # steps of 64 preference pairs
+    reward_pairs: int = 42_000  # pairs to train the reward model; data/ keeps the first train_rows
     train_rows: int = 1_400
     test_rows: int = 256
 
@@ -107,15 +107,15 @@ def asked_points(prompt: str) -> list[str]:
 
 
 def write_review(rng: random.Random, prompt: str) -> str:
-    """A writer's review: mostly to the point, of any mood, now and then warm or careless."""
+    """A writer's review: on the points as long as the writer cares, of any mood, seldom warm."""
     asked = asked_points(prompt)
     points = [asked[0]]
     for point in asked[1:]:  # in the order of the prompt, until the writer has had enough
-        if rng.random() < 0.2:
+        if rng.random() < 0.25:
             break
         points.append(point)
-    others = rng.sample([point for point in PRAISE if point not in asked], len(points))
-    points = [o if rng.random() < 0.1 else p for p, o in zip(points, others, strict=True)]
+    if rng.random() < 0.05:  # and now and then drifts off
+        points.append(rng.choice(list(PRAISE)))
 
     praise = rng.choices([0.9, 0.5, 0.1], [0.4, 0.3, 0.3])[0]  # pleased, of two minds, displeased
     moods = [rng.random() < praise for _ in points]
@@ -132,16 +132,20 @@ def write_review(rng: random.Random, prompt: str) -> str:
         stop = "!" if rng.random() < 0.12 else "."
     text += stop
     if rng.random() < 0.4:
-        fitting = rng.random() < 0.85
-        again = (2 * sum(moods) >= len(moods)) == fitting
-        text += " i would come again." if again else " i would not come again."
+        text += " i would come again." if rng.random() < praise else " i would not come again."
     return text
 
 
 def gold_score(prompt: str, response: str) -> float:
-    """The human reader: on the points, praise, a fitting end, warm but not gushing, not long."""
+    """The human reader: on the points, praise, warm but not gushing, not long.
+
+    1.8 for covering all points (a share of it for some), -1.8 for blame of them to 1.8 for praise,
+    0.6 for coming again and -0.6 for not, 0.4 for each of two signs of warmth and -1 for each more,
+    -0.6 for a clause on what was not asked or was said before, -1.5 for one that is no clause,
+    -0.25 for a word beyond 30; times 0.85, which sets how noisy the preferences are.
+    """
     asked, words = asked_points(prompt), WORDS.findall(response)
-    score, balance, seen, endings = 0.0, 0, set(), []
+    score, covered, endings = 0.0, {}, 0
     clauses = re.split(r" (?:and|but|[.!])(?: |$)", " ".join(words))
     for clause in filter(None, map(str.strip, clauses)):
         match clause.replace(" really ", " ", 1).split():
@@ -152,23 +156,22 @@ def gold_score(prompt: str, response: str) -> float:
             case ["i", word, "the", point] if word in LOVE + HATE and point in PRAISE:
                 good = word in LOVE
             case ["i", "would", *negation, "come", "again"] if negation in ([], ["not"]):
-                endings.append(not negation)
+                score += -0.6 if negation or endings else 0.6
+                endings += 1
                 continue
             case _:
-                score -= 1.5  # not a sentence of this language
+                score -= 1.5
                 continue
-        if point in asked and point not in seen:
-            score += 1.0 + (0.7 if good else -0.7)
+        if point in asked and point not in covered:
+            covered[point] = good
         else:
-            score -= 1.0  # not asked for, or said before
-        seen.add(point)
-        balance += 1 if good else -1
-    if endings:
-        score += 0.6 if endings[0] == (balance >= 0) else -1.2
-        score -= 1.0 * (len(endings) - 1)
+            score -= 0.6
+    if covered:
+        mood = sum(covered.values()) / len(covered)
+        score += 1.8 * len(covered) / len(asked) + 1.8 * (2 * mood - 1)
     warmth = words.count("really") + words.count("!")
-    score += 0.6 * min(warmth, 2) - 1.2 * max(warmth - 2, 0)  # two touches please, more gush
-    return score - 0.25 * max(len(words) - 30, 0)
+    score += 0.4 * min(warmth, 2) - 1.0 * max(warmth - 2, 0) - 0.25 * max(len(words) - 30, 0)
+    return 0.85 * score
 
 
 # ---------------------------------------------------------------------------------- models
@@ -228,7 +231,7 @@ def encode(tokenizer, prompts: list[str], responses: list[str]) -> dict[str, tor
 
 def train(model: torch.nn.Module, name: str, steps: int, lr: float, next_loss) -> None:
     """AdamW with warm-up and cosine decay on what `next_loss()` gives."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda t: min(1, (t + 1) / 30) * (0.02 + 0.98 * (1 + math.cos(math.pi * t / steps)) / 2),
@@ -386,7 +389,7 @@ def main(args: Args) -> dict[str, float]:
         labels = batch.pop("labels")[:, 1:]
         return F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels.flatten())
 
-    train(model, "sft", args.sft_steps, 3e-3, sft_loss)
+    train(model, "sft", args.sft_steps, 5e-3, sft_loss)
 
     # 2. the data: references and preference pairs
     train_rows = make_rows(rng, model, tokenizer, new_prompts(args.reward_pairs))
@@ -397,14 +400,20 @@ def main(args: Args) -> dict[str, float]:
     reward = LlamaForSequenceClassification(make_config(tokenizer, num_labels=1))
     reward.model.load_state_dict(model.model.state_dict())
     torch.nn.init.zeros_(reward.score.weight)
+    with torch.no_grad():  # the SFT model never read its end token: start from the one like it
+        embeddings = reward.get_input_embeddings().weight
+        embeddings[tokenizer.eos_token_id] = embeddings[tokenizer.convert_tokens_to_ids(".")]
+    queue: list[dict[str, str]] = []
 
     def reward_loss() -> torch.Tensor:
-        pairs = columns(rng.sample(train_rows, 64), "prompt", "chosen", "rejected")
+        if len(queue) < 64:  # all pairs once more, in a new order
+            queue[:] = rng.sample(train_rows, len(train_rows))
+        pairs = columns([queue.pop() for _ in range(64)], "prompt", "chosen", "rejected")
         batch = encode(tokenizer, pairs[0] * 2, pairs[1] + pairs[2])
         rewards = reward(batch["input_ids"], batch["attention_mask"]).logits[:, 0]
         return -F.logsigmoid(rewards[:64] - rewards[64:]).mean()
 
-    train(reward, "reward", args.reward_steps, 1e-3, reward_loss)
+    train(reward, "reward", args.reward_steps, 1.2e-3, reward_loss)
 
     # 4. write everything, and measure
     for part, network in (("sft", model), ("reward", reward)):

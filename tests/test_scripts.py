@@ -57,7 +57,15 @@ def world(tmp_path_factory):
 ])
 def test_every_format_of_a_row(row, prompt, reference, rejected):
     """Text and chat messages; a prompt of its own or inside chosen and rejected."""
-    assert common.split_row(row, 0) == (prompt, reference, rejected)
+    ours = common.split_row(row, 0)
+    assert (*ours[:2], ours[3]) == (prompt, reference, rejected)
+    assert ours[2] == (reference if "chosen" in row else None)
+
+
+def test_a_completion_beside_a_pair():
+    """The completion is the reference, the pair stays a pair."""
+    row = {"prompt": "a", "completion": " b", "chosen": " c", "rejected": " d"}
+    assert common.split_row(row, 0) == ("a", " b", " c", " d")
 
 
 def test_bug16_one_start_token_and_no_end_token_in_a_prompt():
@@ -149,7 +157,7 @@ def test_bad_flags(world, tmp_path, capsys, change, message):
 
 @pytest.mark.parametrize("rows, message", [
     ([{"text": "a"}] * 4, "has columns ['text']; needed are prompt"),
-    ([{"prompt": 3, "completion": "b"}] * 4, "has a int as prompt"),
+    ([{"prompt": 3, "completion": "b"}] * 4, "needs text, or lists of messages"),
     ([{"prompt": [USER], "completion": [GOOD]}] * 4, "no chat template"),
     ([], "--dataset"),
 ])

@@ -1,0 +1,254 @@
+"""DPO and SLiC: preference pairs in place of rewards.
+
+Sources: Rafailov et al., NeurIPS 2023, 2305.18290 (DPO); Zhao et al., 2023, 2305.10425 (SLiC);
+Liu et al., ICLR 2024, 2309.06657 (the hinge with a reference; pairs sampled from the start model).
+
+The optimum of KL-regularised reward maximisation, p(y|x) · exp(r(x,y)/τ) / Z(x), turned round, says
+which reward a policy is optimal for, up to a constant of the prompt: τ · log(π_θ/π_ref). Put into a
+Bradley-Terry model of pairs (y_w preferred to y_l), this gives a loss without reward or sampling:
+
+    Δ       = [log π_θ(y_w) − log π_ref(y_w)] − [log π_θ(y_l) − log π_ref(y_l)]
+    sigmoid   −log σ(τΔ)                                                 DPO                 (1)
+    hinge     max(0, 1 − τΔ)                                             SLiC, normalised    (2)
+    slic      max(0, δ − log π_θ(y_w) + log π_θ(y_l)) − λ log π_θ(y_ref)   SLiC as published   (3)
+
+--pairs sampled draws N responses of each prompt from the start model and takes the best and the
+worst by the reward model (DPO-sft at N = 2); --pairs dataset takes the columns chosen and rejected.
+Best against worst labels have no noise, so nothing holds Δ finite but the number of steps: such
+pairs have no finite optimum, as the tests show; pairs with Bradley-Terry noise have the one above.
+
+P prompts a step, N samples a prompt. Log-probs are sums over the tokens of a response, end token
+included, in nats at the sampling temperature. The batch that is trained on holds y_w, y_l (and, for
+slic, y_ref, the data set's completion) of each prompt: logprobs and ref_logprobs are [P, 2 or 3].
+    π_θ = logprobs    π_ref = ref_logprobs    τ = --beta    δ = --margin    λ = --reference-weight
+
+How this differs from the papers:
+ 1. Prompts whose best and worst reward are equal make tied pairs: zero gradient, counted.
+ 2. SLiC ranks samples by a ranking model or by humans; here it is the reward model.
+ 3. AdamW, not RMSprop (DPO) or Adafactor (SLiC).
+
+    python dpo.py                                       # the embedded default, no GPU needed
+    python dpo.py --policy SFT --reward-model RM --dataset PAIRS --pairs dataset --lr 1e-6
+
+Step 1 must show the loss ln 2 = 0.6931 (sigmoid) or 1 (hinge). logprob/chosen and logprob/rejected
+usually both fall during training: the loss only asks that the rejected one falls faster.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+import runlog
+
+
+@dataclass
+class Args:
+    policy: str = "assets/tiny/sft"
+    """causal LM to train, and the reference it starts from: a folder or a hub name"""
+    reward_model: str = "assets/tiny/reward"
+    """sequence classifier with one label: a folder or a hub name"""
+    reward_eos: bool = True
+    """close a response that ended with the reward model's own end token before it is scored"""
+    dataset: str = "assets/tiny/data"
+    """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+    prompts_per_step: int = 16
+    """prompts P a step, over all processes"""
+    samples_per_prompt: int = 8
+    """responses N a prompt"""
+    max_prompt_tokens: int = 512
+    """longer prompts are dropped, and counted"""
+    max_response_tokens: int = 64
+    """a response is cut after so many tokens"""
+    temperature: float = 1.0
+    """softmax temperature of sampling and of all log-probs alike"""
+    steps: int = 120
+    """batches of samples to train on"""
+    updates_per_sample: int = 1
+    """optimizer steps on each batch of samples"""
+    micro_batch: int = 0
+    """prompts a forward and backward pass, to save memory; 0 = all; gradients stay the same"""
+    lr: float = 5e-4
+    """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
+    warmup_steps: int = 10
+    """updates in which the step size grows linearly from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
+    """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+    seed: int = 1
+    """of sampling and of the order of the prompts"""
+    eval_every: int = 20
+    """steps between evaluations"""
+    eval_prompts: int = 256
+    """held-out prompts an evaluation samples one response for"""
+    save_every: int = 50
+    """steps between checkpoints: what a kill can lose"""
+    run_dir: str = ""
+    """folder of the run; empty = runs/<script>-<seed>-<time>"""
+    resume: str = ""
+    """folder of a run to go on with, under its own flags"""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """tracker to send the metrics to as well; by default nothing leaves the machine"""
+
+    # DPO
+    beta: float = 0.2
+    """τ, the KL weight of the target: reward units a nat"""
+    loss: Literal["sigmoid", "hinge", "slic"] = "sigmoid"
+    """sigmoid: DPO; hinge: SLiC against a reference; slic: SLiC as published"""
+    pairs: Literal["sampled", "dataset"] = "sampled"
+    """best against worst of N samples of the start model, or the data set's chosen and rejected"""
+    margin: float = 1.0
+    """δ of --loss slic, in nats"""
+    reference_weight: float = 0.1
+    """λ of --loss slic, the weight of the data set's completion"""
+
+
+def best_and_worst(rewards: Tensor) -> Tensor:
+    """Indices [P, 2] of the samples with the highest and the lowest reward, of rewards [P, N]."""
+    return torch.stack([rewards.argmax(1), rewards.argmin(1)], 1)
+
+
+def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, tied: Tensor, args: Args) -> Tensor:
+    """Loss [P] of log-probs of y_w, y_l (and y_ref), [P, 2 or 3]; no gradient where tied [P]."""
+    ratios = logprobs if args.loss == "slic" else logprobs - ref_logprobs
+    delta = (ratios[:, 0] - ratios[:, 1]).where(~tied, 0.0)
+    if args.loss == "sigmoid":
+        return -F.logsigmoid(args.beta * delta)  # (1)
+    if args.loss == "hinge":
+        return F.relu(1 - args.beta * delta)  # (2)
+    return F.relu(args.margin - delta) - args.reference_weight * logprobs[:, 2]  # (3)
+
+
+def check(args: Args) -> None:
+    """Ends the process where flags do not fit the method."""
+    common.require(args.beta > 0, f"--beta {args.beta}: must be more than 0")
+    common.require(args.pairs == "dataset" or args.samples_per_prompt > 1, "--samples-per-prompt "
+                   f"{args.samples_per_prompt}: a pair needs 2 or more")
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains, and returns the last evaluation by metric name."""
+    # ── set up ──
+    run = runlog.Run(args, __file__)
+    check(args)
+    tokenizer = common.load_tokenizer("--policy", args.policy)
+    train_prompts, held_out = common.load_prompts(args, tokenizer)
+    policy = common.load_policy(run, tokenizer)
+    reward_model = common.load_reward_model(run, policy, tokenizer)
+    held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+
+    # ── models of the method ──
+    asked = {"chosen": args.pairs == "dataset", "rejected": args.pairs == "dataset",
+             "reference": args.loss == "slic"}
+    for name in (name for name in asked if asked[name]):
+        common.require(all(getattr(prompt, name) is not None for prompt in train_prompts),
+                       f"--dataset {args.dataset}: a prompt has no {name} response, which "
+                       f"--pairs {args.pairs} --loss {args.loss} needs")
+    done = run.open({"policy": policy, "optimizer": optimizer})
+
+    # ── start ──
+    evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
+    if done == 0:
+        run.log(0, evaluation, samples)
+
+    for step in range(done + 1, args.steps + 1):
+        # ── sample ──
+        prompts = common.pick(train_prompts, step, args, run.rank, run.world)
+        started = run.clock()
+        if args.pairs == "sampled":
+            batch, _ = common.sample(ref, prompts, args.samples_per_prompt,
+                                     args.max_response_tokens, args.temperature,
+                                     common.seed_of(args.seed, step, run.rank))
+        else:
+            pairs = [[prompt.chosen, prompt.rejected] for prompt in prompts]
+            batch = common.encode_responses(tokenizer, policy, prompts, pairs,
+                                            args.max_response_tokens)
+
+        # ── score ──
+        sampled = run.clock()
+        rewards = common.score(reward_model, batch, args.micro_batch)
+        common.require_finite(rewards, "the reward", batch)
+        scored = run.clock()
+
+        # ── targets ──
+        if args.pairs == "sampled":
+            best, row = best_and_worst(rewards), torch.arange(len(prompts), device=run.device)
+            batch = replace(batch, response_tokens=batch.response_tokens[row[:, None], best],
+                            response_mask=batch.response_mask[row[:, None], best])
+            tied = rewards.amax(1) == rewards.amin(1)
+        else:
+            tied = torch.tensor([p.chosen == p.rejected for p in prompts], device=run.device)
+        if args.loss == "slic":
+            batch = batch.beside(common.encode_responses(
+                tokenizer, policy, prompts, [[prompt.reference] for prompt in prompts],
+                args.max_response_tokens))
+        ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
+        proposal_logprobs = ref_logprobs
+
+        # ── update ──
+        for update in range(args.updates_per_sample):
+            warm = ((step - 1) * args.updates_per_sample + update + 1) / max(1, args.warmup_steps)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, warm)
+            passes = []
+            for rows in common.micro_batches(len(prompts), args.micro_batch):
+                part = batch[rows]
+                logprobs, entropy = common.logprobs_and_entropy(policy, part, args.temperature)
+                loss = dpo_loss(logprobs, ref_logprobs[rows], tied[rows], args)
+                common.require_finite(loss, "the loss", part)
+                (loss.sum() / len(prompts)).backward()
+                passes.append((logprobs.detach(), entropy, loss.detach()))
+            run.average([p.grad for p in policy.parameters()])
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # ── log ──
+        updated = run.clock()
+        logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
+        lengths = batch.response_mask.sum(-1)
+        metrics = {
+            "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
+            **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            "entropy/token": entropy.sum() / lengths.sum(), "length/mean": lengths.float().mean(),
+            "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
+            "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
+            "time/sample_s": sampled - started, "time/score_s": scored - sampled,
+            "time/update_s": updated - scored,
+            "tokens_per_s": run.world * lengths.sum() / (updated - started),
+            "memory/peak_gib": run.peak_memory(),
+        }
+
+        # ── log of the method ──
+        metrics |= {"logprob/chosen": logprobs[:, 0].mean(), "dpo/ties": tied.float().mean(),
+                    "logprob/rejected": logprobs[:, 1].mean(), "dpo/accuracy": (
+                        (logprobs - ref_logprobs)[:, :2].diff(dim=1) < 0).float().mean()}
+
+        # ── evaluate ──
+        samples = []
+        if step % args.eval_every == 0 or step == args.steps:
+            evaluation, samples = common.evaluate(run, step, policy, ref, reward_model, held_out)
+            metrics |= evaluation
+        run.log(step, metrics, samples)
+
+        # ── save ──
+        if step % args.save_every == 0 or step == args.steps or run.interrupted:
+            run.save(step)
+        if run.interrupted:
+            raise SystemExit(f"stopped after step {step}; continue with: "
+                             f"python {run.script.name} --resume {run.folder}")
+
+    # ── finish ──
+    run.close(policy, tokenizer)
+    return evaluation
+
+
+if __name__ == "__main__":
+    main(runlog.parse_args(Args))

@@ -1,0 +1,282 @@
+"""DPG, GDC and GDC++: distributional policy gradients towards an energy-based target.
+
+Sources: Khalifa et al., ICLR 2021, 2012.11635 (GDC, KL-adaptive DPG); Korbak et al., ICML 2022,
+2112.00791 (CDPG: prompts); Korbak et al., NeurIPS 2022, 2206.00761 (the baseline, here GDC++).
+
+The target is p*(y|x) = P(y|x) / Z(x) with P(y|x) = p(y|x) · exp(r(x,y) / τ), p the start model. The
+policy π_θ comes close to it by gradient steps on KL(p*‖π_θ) with samples of a proposal q′ and
+importance weights w = P(y|x) / q′(y|x):
+
+    ∇L  = − E_q′[ (w/Z) ∇ log π_θ ]                                    DPG, GDC              (1)
+    ∇L  = − E_q′[ (w/Z − π_θ/q′) ∇ log π_θ ]                           GDC++                 (2)
+    Ẑ   = mean of w: over a prompt's own N samples, or over all samples so far               (3)
+    K̂L(p*‖h) = −log Z + (1/Z)·mean_q′[ w·(log P − log h) ]             h = q′ or π_θ         (4)
+
+The baseline in (2) is detached and leaves the expected gradient as it is, as E_q′[(π_θ/q′) ∇ log
+π_θ] = 0; where π_θ = p* it cancels every single weight. An adaptive proposal is a copy of an
+earlier policy; it is replaced when by (4), on fresh samples, the policy is closer to p*.
+
+P prompts a step, N samples a prompt. Log-probs are sums over the tokens of a response, end token
+included, in nats at the sampling temperature; they, the rewards and w are [P, N].
+    p = ref_logprobs    q′ = proposal_logprobs    π_θ = logprobs    r = rewards    τ = --beta
+
+    method                flags                                                      what differs
+    GDC as published      --baseline none --normalizer running --proposal adaptive   (1), one Z
+    KL-adaptive CDPG      --baseline none --normalizer prompt  --proposal adaptive   (1), Z(x)
+    on-policy DPG         --baseline none --normalizer running --proposal policy
+    CDPG                  --baseline none --normalizer prompt  --proposal policy
+    GDC++ (the default)   --baseline gdc++ --normalizer prompt --proposal adaptive   (2), Z(x)
+
+How this differs from the papers:
+ 1. The target is the one of KL-regularised reward maximisation; theirs constrain features of y.
+    GDC fits the λ of P by moment matching: here r/τ is given and nothing is fitted.
+ 2. GDC's code leaves 1/Z out of (1), a constant factor of the step size; here it is in.
+ 3. Ẑ from a prompt's own N samples makes w/Z self-normalised: exact as N grows, biased at small N.
+    With a baseline the fixed point is then not exactly p* (measured in the tests); BRAIn, which
+    self-normalises the baseline as well, has none of this bias.
+
+    python gdc.py                                       # the embedded default, no GPU needed
+    python gdc.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
+
+Step 0 must show eval/kl 0 and the start model's win rate (0.5 on the default). At step 1 of GDC++
+with Ẑ(x) the weights of a prompt sum to 0 over its samples; gdc/kl_policy then falls below
+gdc/kl_proposal and gdc/replaced is 1. A weights/ess near 1/N says that --beta is too small.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import common
+import runlog
+
+
+@dataclass
+class Args:
+    policy: str = "assets/tiny/sft"
+    """causal LM to train, and the reference it starts from: a folder or a hub name"""
+    reward_model: str = "assets/tiny/reward"
+    """sequence classifier with one label: a folder or a hub name"""
+    reward_eos: bool = True
+    """close a response that ended with the reward model's own end token before it is scored"""
+    dataset: str = "assets/tiny/data"
+    """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+    prompts_per_step: int = 16
+    """prompts P a step, over all processes"""
+    samples_per_prompt: int = 8
+    """responses N a prompt"""
+    max_prompt_tokens: int = 512
+    """longer prompts are dropped, and counted"""
+    max_response_tokens: int = 64
+    """a response is cut after so many tokens"""
+    temperature: float = 1.0
+    """softmax temperature of sampling and of all log-probs alike"""
+    steps: int = 120
+    """batches of samples to train on"""
+    updates_per_sample: int = 1
+    """optimizer steps on each batch of samples"""
+    micro_batch: int = 0
+    """prompts a forward and backward pass, to save memory; 0 = all; gradients stay the same"""
+    lr: float = 5e-4
+    """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
+    warmup_steps: int = 10
+    """updates in which the step size grows linearly from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
+    """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+    seed: int = 1
+    """of sampling and of the order of the prompts"""
+    eval_every: int = 20
+    """steps between evaluations"""
+    eval_prompts: int = 256
+    """held-out prompts an evaluation samples one response for"""
+    save_every: int = 50
+    """steps between checkpoints: what a kill can lose"""
+    run_dir: str = ""
+    """folder of the run; empty = runs/<script>-<seed>-<time>"""
+    resume: str = ""
+    """folder of a run to go on with, under its own flags"""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """tracker to send the metrics to as well; by default nothing leaves the machine"""
+
+    # GDC
+    beta: float = 0.2
+    """τ, the KL weight of the target: reward units a nat"""
+    baseline: Literal["none", "gdc++"] = "gdc++"
+    """none: weights w/Z; gdc++: w/Z − π_θ/q′"""
+    normalizer: Literal["prompt", "running"] = "prompt"
+    """Z of a prompt from its own samples, or one for all prompts: the mean over the run so far"""
+    proposal: Literal["adaptive", "policy", "sft"] = "adaptive"
+    """q′: a copy of the policy, renewed when the policy is closer to the target; the policy; the
+    start model"""
+    test_every: int = 10
+    """steps between the tests of an adaptive proposal"""
+
+
+def log_weights(ref_logprobs: Tensor, rewards: Tensor, proposal_logprobs: Tensor,
+                beta: float) -> Tensor:
+    """log w [P, N], in nats, from three [P, N]."""
+    return ref_logprobs + rewards / beta - proposal_logprobs
+
+
+def log_mean_weight(log_w: Tensor) -> Tensor:
+    """log Ẑ(x) [P, 1] from a prompt's own samples."""
+    return log_w.logsumexp(1, keepdim=True) - math.log(log_w.shape[1])  # (3)
+
+
+def gdc_loss(logprobs: Tensor, proposal_logprobs: Tensor, weights: Tensor,
+             baseline: str) -> Tensor:
+    """Loss [P] of logprobs, proposal_logprobs and weights w/Z, [P, N] each: its gradient counts."""
+    advantage = weights  # (1)
+    if baseline == "gdc++":
+        advantage = weights - (logprobs.detach() - proposal_logprobs).exp()  # (2)
+    return -(advantage * logprobs).mean(1)
+
+
+def kl_from_target(log_w: Tensor, log_z: Tensor, log_target: Tensor, logprobs: Tensor) -> Tensor:
+    """Estimate [P] of KL(p*‖h) in nats, h given by its logprobs; log_target = log P; log_z a number
+    for each prompt [P, 1] or for all."""
+    return ((log_w - log_z).exp() * (log_target - logprobs)).mean(1) - log_z.mean(-1)  # (4)
+
+
+def check(args: Args) -> None:
+    """Ends the process where flags do not fit the method."""
+    common.require(args.beta > 0, f"--beta {args.beta}: must be more than 0")
+    common.require(args.test_every > 0, f"--test-every {args.test_every}: must be more than 0")
+    common.require(args.normalizer == "running" or args.samples_per_prompt > 1, f"--samples-per-"
+                   f"prompt {args.samples_per_prompt}: --normalizer prompt needs 2 or more")
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains, and returns the last evaluation by metric name."""
+    # ── set up ──
+    run = runlog.Run(args, __file__)
+    check(args)
+    tokenizer = common.load_tokenizer("--policy", args.policy)
+    train_prompts, held_out = common.load_prompts(args, tokenizer)
+    policy = common.load_policy(run, tokenizer)
+    reward_model = common.load_reward_model(run, policy, tokenizer)
+    held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+
+    # ── models of the method ──
+    proposals = {"adaptive": copy.deepcopy(ref), "policy": policy, "sft": ref}
+    proposal = proposals[args.proposal]
+    running = torch.nn.ParameterList([torch.zeros((), dtype=torch.float64, device=run.device)])
+    running.requires_grad_(False)  # a number that checkpoints keep, as they keep weights
+    done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal,
+                     "running": running})
+
+    # ── start ──
+    evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
+    if done == 0:
+        run.log(0, evaluation, samples)
+
+    for step in range(done + 1, args.steps + 1):
+        # ── sample ──
+        prompts = common.pick(train_prompts, step, args, run.rank, run.world)
+        started = run.clock()
+        batch, _ = common.sample(proposal, prompts, args.samples_per_prompt,
+                                 args.max_response_tokens, args.temperature,
+                                 common.seed_of(args.seed, step, run.rank))
+
+        # ── score ──
+        sampled = run.clock()
+        rewards = common.score(reward_model, batch, args.micro_batch)
+        common.require_finite(rewards, "the reward", batch)
+        scored = run.clock()
+
+        # ── targets ──
+        ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
+        proposal_logprobs = common.logprobs(proposal, batch, args.temperature, args.micro_batch)
+        log_w = log_weights(ref_logprobs, rewards, proposal_logprobs, args.beta)
+        mean = log_w.double().exp().mean()
+        run.average([mean])
+        running[0].lerp_(mean, 1 / step)  # the mean over all samples so far
+        log_z = log_mean_weight(log_w) if args.normalizer == "prompt" else running[0].log()
+        weights = (log_w - log_z).exp().float()
+
+        # ── update ──
+        for update in range(args.updates_per_sample):
+            warm = ((step - 1) * args.updates_per_sample + update + 1) / max(1, args.warmup_steps)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, warm)
+            passes = []
+            for rows in common.micro_batches(len(prompts), args.micro_batch):
+                part = batch[rows]
+                logprobs, entropy = common.logprobs_and_entropy(policy, part, args.temperature)
+                loss = gdc_loss(logprobs, proposal_logprobs[rows], weights[rows], args.baseline)
+                common.require_finite(loss, "the loss", part)
+                (loss.sum() / len(prompts)).backward()
+                passes.append((logprobs.detach(), entropy, loss.detach()))
+            run.average([p.grad for p in policy.parameters()])
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # ── renew ──
+        tested = {}
+        if args.proposal == "adaptive" and step % args.test_every == 0:
+            fresh, _ = common.sample(proposal, prompts, args.samples_per_prompt,
+                                     args.max_response_tokens, args.temperature,
+                                     common.seed_of(args.seed, "test", step, run.rank))
+            old, new, start = (common.logprobs(model, fresh, args.temperature, args.micro_batch)
+                               for model in (proposal, policy, ref))
+            log_target = start + common.score(reward_model, fresh, args.micro_batch) / args.beta
+            log_w = log_target - old
+            log_z = log_mean_weight(log_w) if args.normalizer == "prompt" else running[0].log()
+            kl = torch.stack([kl_from_target(log_w, log_z, log_target, h).mean().double()
+                              for h in (old, new)])
+            run.average([kl])
+            if kl[1] < kl[0]:
+                proposal.load_state_dict(policy.state_dict())
+            tested = {"gdc/kl_proposal": kl[0], "gdc/kl_policy": kl[1],
+                      "gdc/replaced": kl[1] < kl[0]}
+
+        # ── log ──
+        updated = run.clock()
+        logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
+        lengths = batch.response_mask.sum(-1)
+        metrics = {
+            "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
+            **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            "entropy/token": entropy.sum() / lengths.sum(), "length/mean": lengths.float().mean(),
+            "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
+            "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
+            "time/sample_s": sampled - started, "time/score_s": scored - sampled,
+            "time/update_s": updated - scored,
+            "tokens_per_s": run.world * lengths.sum() / (updated - started),
+            "memory/peak_gib": run.peak_memory(),
+        }
+
+        # ── log of the method ──
+        ess = weights.sum(1).square() / weights.square().sum(1) / args.samples_per_prompt
+        metrics |= {"weights/ess": ess.mean(), "gdc/z": log_z.exp().mean(), **tested}
+
+        # ── evaluate ──
+        samples = []
+        if step % args.eval_every == 0 or step == args.steps:
+            evaluation, samples = common.evaluate(run, step, policy, ref, reward_model, held_out)
+            metrics |= evaluation
+        run.log(step, metrics, samples)
+
+        # ── save ──
+        if step % args.save_every == 0 or step == args.steps or run.interrupted:
+            run.save(step)
+        if run.interrupted:
+            raise SystemExit(f"stopped after step {step}; continue with: "
+                             f"python {run.script.name} --resume {run.folder}")
+
+    # ── finish ──
+    run.close(policy, tokenizer)
+    return evaluation
+
+
+if __name__ == "__main__":
+    main(runlog.parse_args(Args))

@@ -1,0 +1,265 @@
+"""WIND: win-rate dominance, a regularised game that a policy plays against itself.
+
+Source: Yang et al., AISTATS 2025, 2410.20727. Its body could not be read: the forms below are
+derived from its abstract and from magnetic mirror descent (Sokota et al., 2206.05825), and were
+checked numerically. What is the paper's: the game, and risks of three kinds. What is derived: every
+formula on this page, and every default.
+
+With P(y ≻ y′) = 1 if r(y) > r(y′), ½ if equal, else 0, and g_t(y) = E_{y′~π_t} P(y ≻ y′), the game
+maximises E_{y~π} P(y ≻ π′) − β·KL(π‖π_ref). Its equilibrium is π* ∝ π_ref · exp(g_π*(y) / β), and
+a step of size η towards it, with the previous policy π_t for opponent, is
+
+    π_{t+1} ∝ π_t^{1/(1+βη)} · π_ref^{βη/(1+βη)} · exp(η/(1+βη) · g_t),   in other words
+    ψ_θ(y) + c(x) = g_t(y) with ψ_θ = (β + 1/η)·log π_θ − β·log π_ref − (1/η)·log π_t     (1)
+
+K samples of π_t estimate the win rates, and a regression makes the step:
+
+    ĝ_i     = (1/K) Σ_j P(y_i ≻ y_j), with j = i, which counts ½                             (2)
+    square    mean_i [ (ψ_i − mean_j ψ_j) − (ĝ_i − mean_j ĝ_j) ]²                            (3)
+    kl        −[ ĝ log s + (1−ĝ) log(1−s) ]             with s = ψ + c                       (4)
+    nce       −2ĝ log(2s/(1+2s)) − log(1/(1+2s))        with s = ψ + c                       (5)
+
+(5) tells duel winners, whose law is 2·π_t·g, from samples of π_t. As E_{π_t} g = ½, c(x) is
+½ − E_{π_t} ψ: here ½ minus the mean ψ of the other samples, detached; the constant ½, right where
+ψ is small, would leave (4) and (5) beside the equilibrium. Pairing rule: centring that includes
+j = i, as in (3), goes with win rates that do; what leaves i out, as in (4) and (5), goes with
+leave-one-out win rates. Mixed up, β is rescaled by (K−1)/K or its inverse. s is a win rate, but
+nothing keeps it in (0, 1): below FLOOR the logarithms go on as their own parabola, as clipping
+them would kill the gradient.
+
+For β → 0, (3) is SPPO (2405.00675) with its log Z cancelled by the centring, η its step size. For
+η ≤ 4β the exact step converges at the rate KL(π*‖π_t) ≤ (1+βη)^−t · KL(π*‖π_0), for any preference;
+with a scalar reward, as here, larger steps converge too, and the default takes one.
+
+P prompts a step, K = N samples a prompt. Log-probs are sums over the tokens of a response, end
+token included, in nats at the sampling temperature; they and the rewards are [P, N].
+    π_t = proposal_logprobs    π_ref = ref_logprobs    π_θ = logprobs    ĝ = win_rate
+
+    python wind.py                                      # the embedded default, no GPU needed
+    python wind.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
+
+Step 0 must show eval/kl 0 and the start model's win rate (0.5 on the default). At step 1, ψ is 0,
+so the loss of `square` is the variance of ĝ, close to (1 − 1/K²)/12 where no rewards are equal.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import common
+import runlog
+
+
+@dataclass
+class Args:
+    policy: str = "assets/tiny/sft"
+    """causal LM to train, and the reference it starts from: a folder or a hub name"""
+    reward_model: str = "assets/tiny/reward"
+    """sequence classifier with one label: a folder or a hub name"""
+    reward_eos: bool = True
+    """close a response that ended with the reward model's own end token before it is scored"""
+    dataset: str = "assets/tiny/data"
+    """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+    prompts_per_step: int = 16
+    """prompts P a step, over all processes"""
+    samples_per_prompt: int = 8
+    """responses N a prompt"""
+    max_prompt_tokens: int = 512
+    """longer prompts are dropped, and counted"""
+    max_response_tokens: int = 64
+    """a response is cut after so many tokens"""
+    temperature: float = 1.0
+    """softmax temperature of sampling and of all log-probs alike"""
+    steps: int = 120
+    """batches of samples to train on"""
+    updates_per_sample: int = 1
+    """optimizer steps on each batch of samples"""
+    micro_batch: int = 0
+    """prompts a forward and backward pass, to save memory; 0 = all; gradients stay the same"""
+    lr: float = 5e-4
+    """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
+    warmup_steps: int = 10
+    """updates in which the step size grows linearly from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
+    """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+    seed: int = 1
+    """of sampling and of the order of the prompts"""
+    eval_every: int = 20
+    """steps between evaluations"""
+    eval_prompts: int = 256
+    """held-out prompts an evaluation samples one response for"""
+    save_every: int = 50
+    """steps between checkpoints: what a kill can lose"""
+    run_dir: str = ""
+    """folder of the run; empty = runs/<script>-<seed>-<time>"""
+    resume: str = ""
+    """folder of a run to go on with, under its own flags"""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """tracker to send the metrics to as well; by default nothing leaves the machine"""
+
+    # WIND
+    beta: float = 0.05
+    """β, the KL weight of the game: win rate a nat"""
+    eta: float = 5.0
+    """η, the step towards the equilibrium that each renewal of the opponent allows"""
+    risk: Literal["square", "kl", "nce"] = "square"
+    """how ψ is regressed on the win rate: squared, Bernoulli, or winners against samples"""
+    refresh_every: int = 5
+    """steps between renewals of the opponent from the policy"""
+
+
+FLOOR = 0.02  # win rates below it (and above 1 − it) are as good as 0 (1)
+
+
+def win_rates(rewards: Tensor, risk: str) -> Tensor:
+    """ĝ [P, N] in [0, 1] of rewards [P, N]: with itself for `square`, else leave-one-out."""
+    mine, theirs = rewards[:, :, None], rewards[:, None, :]
+    wins = ((mine > theirs).float() + 0.5 * (mine == theirs)).sum(2)
+    n = rewards.shape[1]
+    return wins / n if risk == "square" else (wins - 0.5) / (n - 1)  # (2)
+
+
+def smooth_log(x: Tensor) -> Tensor:
+    """log x, below FLOOR continued by its Taylor polynomial of degree 2: concave and finite."""
+    z = (x - FLOOR) / FLOOR
+    return torch.where(x > FLOOR, x.clamp(min=FLOOR).log(), math.log(FLOOR) + z - z.square() / 2)
+
+
+def wind_loss(logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor, win_rate: Tensor,
+              args: Args) -> Tensor:
+    """Loss [P] of three log-probs and the win rates, [P, N] each."""
+    log_step = logprobs - previous_logprobs
+    psi = args.beta * (logprobs - ref_logprobs) + log_step / args.eta  # (1)
+    if args.risk == "square":
+        residual = psi - win_rate
+        return (residual - residual.mean(1, keepdim=True)).square().mean(1)  # (3)
+    others = (psi.sum(1, keepdim=True) - psi).detach() / (psi.shape[1] - 1)
+    s = psi + 0.5 - others
+    if args.risk == "kl":
+        return -(win_rate * smooth_log(s) + (1 - win_rate) * smooth_log(1 - s)).mean(1)  # (4)
+    odds = smooth_log(1 + 2 * s)
+    return -(2 * win_rate * (smooth_log(2 * s) - odds) - odds).mean(1)  # (5)
+
+
+def check(args: Args) -> None:
+    """Ends the process where flags do not fit the method."""
+    for name in ("beta", "eta", "refresh_every"):
+        value = getattr(args, name)
+        common.require(value > 0 or name == "beta", f"--{name.replace('_', '-')} {value}: must be "
+                       "more than 0")
+    common.require(args.samples_per_prompt > 1, f"--samples-per-prompt {args.samples_per_prompt}: "
+                   "samples duel with each other; take 2 or more")
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains, and returns the last evaluation by metric name."""
+    # ── set up ──
+    run = runlog.Run(args, __file__)
+    check(args)
+    tokenizer = common.load_tokenizer("--policy", args.policy)
+    train_prompts, held_out = common.load_prompts(args, tokenizer)
+    policy = common.load_policy(run, tokenizer)
+    reward_model = common.load_reward_model(run, policy, tokenizer)
+    held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+
+    # ── models of the method ──
+    proposal = copy.deepcopy(ref)  # π_t: it draws the samples and is the opponent
+    done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal})
+
+    # ── start ──
+    evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
+    if done == 0:
+        run.log(0, evaluation, samples)
+
+    for step in range(done + 1, args.steps + 1):
+        # ── sample ──
+        prompts = common.pick(train_prompts, step, args, run.rank, run.world)
+        started = run.clock()
+        batch, _ = common.sample(proposal, prompts, args.samples_per_prompt,
+                                 args.max_response_tokens, args.temperature,
+                                 common.seed_of(args.seed, step, run.rank))
+
+        # ── score ──
+        sampled = run.clock()
+        rewards = common.score(reward_model, batch, args.micro_batch)
+        common.require_finite(rewards, "the reward", batch)
+        scored = run.clock()
+
+        # ── targets ──
+        ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
+        proposal_logprobs = common.logprobs(proposal, batch, args.temperature, args.micro_batch)
+        win_rate = win_rates(rewards, args.risk)
+
+        # ── update ──
+        for update in range(args.updates_per_sample):
+            warm = ((step - 1) * args.updates_per_sample + update + 1) / max(1, args.warmup_steps)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, warm)
+            passes = []
+            for rows in common.micro_batches(len(prompts), args.micro_batch):
+                part = batch[rows]
+                logprobs, entropy = common.logprobs_and_entropy(policy, part, args.temperature)
+                loss = wind_loss(logprobs, ref_logprobs[rows], proposal_logprobs[rows],
+                                 win_rate[rows], args)
+                common.require_finite(loss, "the loss", part)
+                (loss.sum() / len(prompts)).backward()
+                passes.append((logprobs.detach(), entropy, loss.detach()))
+            run.average([p.grad for p in policy.parameters()])
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # ── renew ──
+        if step % args.refresh_every == 0:
+            proposal.load_state_dict(policy.state_dict())
+
+        # ── log ──
+        updated = run.clock()
+        logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
+        lengths = batch.response_mask.sum(-1)
+        metrics = {
+            "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
+            **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            "entropy/token": entropy.sum() / lengths.sum(), "length/mean": lengths.float().mean(),
+            "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
+            "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
+            "time/sample_s": sampled - started, "time/score_s": scored - sampled,
+            "time/update_s": updated - scored,
+            "tokens_per_s": run.world * lengths.sum() / (updated - started),
+            "memory/peak_gib": run.peak_memory(),
+        }
+
+        # ── log of the method ──
+        psi = args.beta * (logprobs - ref_logprobs) + (logprobs - proposal_logprobs) / args.eta
+        metrics |= {"wind/psi_std": psi.std(1, correction=0).mean(),
+                    "wind/win_rate_std": win_rate.std(1, correction=0).mean()}
+
+        # ── evaluate ──
+        samples = []
+        if step % args.eval_every == 0 or step == args.steps:
+            evaluation, samples = common.evaluate(run, step, policy, ref, reward_model, held_out)
+            metrics |= evaluation
+        run.log(step, metrics, samples)
+
+        # ── save ──
+        if step % args.save_every == 0 or step == args.steps or run.interrupted:
+            run.save(step)
+        if run.interrupted:
+            raise SystemExit(f"stopped after step {step}; continue with: "
+                             f"python {run.script.name} --resume {run.folder}")
+
+    # ── finish ──
+    run.close(policy, tokenizer)
+    return evaluation
+
+
+if __name__ == "__main__":
+    main(runlog.parse_args(Args))
