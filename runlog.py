@@ -232,10 +232,12 @@ def plot(folder: Path) -> None:
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, PANELS.items()):
         for key in keys:
-            points = [(x["step"], x[key]) for x in lines if key in x]
-            axis.plot(*zip(*points), "o-" if key.startswith("eval") else "-", label=key, ms=4)
+            steps = [line["step"] for line in lines if key in line]
+            values = [line[key] for line in lines if key in line]
+            axis.plot(steps, values, "o-" if key.startswith("eval") else "-", label=key, ms=4)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
     (folder / "plots").mkdir(exist_ok=True)
     figure.savefig(folder / "plots" / "training.png", dpi=100)
+    pyplot.close(figure)

@@ -15,6 +15,7 @@ from tables import (
     train,
 )
 
+import common
 import gdc
 
 REF, REWARDS, PROPOSAL, LOGITS = table(0, 4).log_softmax(0), table(1, 4), table(2, 4), table(3, 4)
@@ -175,8 +176,16 @@ def test_eq3_running_normalizer_is_the_mean_over_all_samples(world, tmp_path, mo
         assert line["gdc/z"] == pytest.approx(means[:t].mean().item(), rel=1e-6)
 
 
-def test_the_fixed_proposal_stays(world, tmp_path):
-    """--proposal sft: importance weights of step 9 are against the start model."""
-    ref, _ = all_responses(world, world["policy"])
-    _, lines = train(gdc, world, tmp_path / "run", steps=9, proposal="sft")
+@pytest.mark.parametrize("proposal, moves", [("sft", False), ("policy", True)])
+def test_the_fixed_proposal_stays(world, tmp_path, monkeypatch, proposal, moves):
+    """--proposal sft draws from the start model throughout, policy from the policy."""
+    weights, original = [], common.sample
+
+    def sample(model, *inputs):
+        weights.append(next(model.parameters()).detach().clone())
+        return original(model, *inputs)
+    monkeypatch.setattr(common, "sample", sample)
+    _, lines = train(gdc, world, tmp_path / "run", steps=4, proposal=proposal)
     assert all("gdc/replaced" not in line for line in lines)
+    draws = weights[1:5]  # the first and the last call evaluate
+    assert [torch.equal(draws[0], later) for later in draws[1:]] == [not moves] * 3

@@ -1,0 +1,201 @@
+"""Small faults, put into the code one at a time: each must make a test fail.
+
+    python tests/mutants.py [WORD ...]    # only mutants whose file or text contains all words
+
+A mutant is (file, old text, new text, tests, words): the tests, narrowed by the words as in
+`pytest -k`, must notice. The old text must occur exactly once, so that the list cannot rot unseen.
+Prints `killed N of N`; exit code 1 if one survives.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE, SCRIPTS = "tests/test_core.py", "tests/test_scripts.py"
+BRAIN, GDC, DPO, WIND, BOND = (f"tests/test_method_{name}.py"
+                               for name in ("brain", "gdc", "dpo", "wind", "bond"))
+RESUME = "tests/test_siblings.py::test_every_variant_runs_resumes_and_splits[{}]"
+MUTANTS = [
+    # brain.py
+    ("brain.py", "ref_logprobs + rewards / beta", "ref_logprobs - rewards / beta", BRAIN, "eq1"),
+    ("brain.py", "rewards / beta -", "rewards * beta -", BRAIN, "eq1"),
+    ("brain.py", "beta - proposal_logprobs, dim=1)", "beta, dim=1)", BRAIN, "eq1"),
+    ("brain.py", "proposal_logprobs, dim=1)  # (1)", "proposal_logprobs, dim=0)  # (1)", BRAIN, "eq1"),
+    ("brain.py", "b = logprobs - proposal_logprobs", "b = logprobs", BRAIN, "eq"),
+    ("brain.py", "log_softmax(b, dim=1)", "log_softmax(b, dim=0)", BRAIN, "eq"),
+    ("brain.py", "- alpha * log_beta).sum(1)", "+ alpha * log_beta).sum(1)", BRAIN, "eq"),
+    ("brain.py", "- alpha * log_beta).sum(1)", "- alpha * log_beta).mean(1)", BRAIN, "eq"),
+    ("brain.py", "torch.xlogy(alpha, alpha)", "0 * alpha", BRAIN, "eq"),
+    ("brain.py", "return -((alpha - raw)", "return ((alpha - raw)", BRAIN, "eq4"),
+    ("brain.py", "b.exp().detach() / b.shape[1]", "b.exp().detach()", BRAIN, "eq4"),
+    ("brain.py", "b.exp().detach()", "b.exp()", BRAIN, "eq4"),
+    ("brain.py", 'if estimator == "no-self-norm" else', 'if estimator == "no-baseline" else', BRAIN,
+     "eq4"),
+    ("brain.py", "(loss.sum() / len(prompts))", "loss.mean()", BRAIN, "first"),
+    ("brain.py", "args.lr * min(1.0, warm)", "args.lr", BRAIN, "first"),
+    ("brain.py", '"optimizer": optimizer, "proposal"', '"proposal"', RESUME.format("brain"), ""),
+    ("brain.py", ', "proposal": proposal}', "}", "tests/test_resume.py", "random_step"),
+    ("brain.py", "(1 / alpha.square().sum(1))", "(1 / alpha.sum(1))", BRAIN, "step_1"),
+    # gdc.py
+    ("gdc.py", "ref_logprobs + rewards / beta - p", "ref_logprobs - rewards / beta - p", GDC, "eq1"),
+    ("gdc.py", "return ref_logprobs + rewards / beta - proposal_logprobs",
+     "return ref_logprobs + rewards / beta", GDC, "eq1"),
+    ("gdc.py", " - math.log(log_w.shape[1])", "", GDC, "eq3"),
+    ("gdc.py", "(logprobs.detach() - proposal_logprobs)", "(logprobs - proposal_logprobs)", GDC, "eq2"),
+    ("gdc.py", "weights - (logprobs.detach()", "weights + (logprobs.detach()", GDC, "eq2"),
+    ("gdc.py", "-(advantage * logprobs).mean(1)", "-(advantage * logprobs).sum(1)", GDC, "eq1"),
+    ("gdc.py", "-(advantage * logprobs).mean(1)", "(advantage * logprobs).mean(1)", GDC, "eq1"),
+    ("gdc.py", "- log_z.mean(-1)  # (4)", "+ log_z.mean(-1)  # (4)", GDC, "eq4"),
+    ("gdc.py", "(log_target - logprobs)", "(log_target + logprobs)", GDC, "eq4"),
+    ("gdc.py", "if kl[1] < kl[0]:", "if kl[1] > kl[0]:", GDC, "replaced"),
+    ("gdc.py", "lerp_(mean, 1 / step)", "lerp_(mean, 0.5)", GDC, "running_normalizer"),
+    ("gdc.py", '"sft": ref}', '"sft": policy}', GDC, "fixed_proposal"),
+    ("gdc.py", '''"proposal": proposal,
+                     "running": running})''', '"proposal": proposal})',
+     RESUME.format("gdc-sft-running-none"), ""),
+    # dpo.py
+    ("dpo.py", "ratios[:, 0] - ratios[:, 1]", "ratios[:, 1] - ratios[:, 0]", DPO, "eq1"),
+    ("dpo.py", ".where(~tied, 0.0)", "", DPO, "ties"),
+    ("dpo.py", "-F.logsigmoid(", "F.logsigmoid(", DPO, "eq1"),
+    ("dpo.py", "args.beta * delta)  # (1)", "delta)  # (1)", DPO, "eq1"),
+    ("dpo.py", "F.relu(1 - args.beta * delta)", "F.relu(1 + args.beta * delta)", DPO, "eq2"),
+    ("dpo.py", "- args.reference_weight", "+ args.reference_weight", DPO, "eq3"),
+    ("dpo.py", 'logprobs if args.loss == "slic" else logprobs - ref_logprobs', "logprobs", DPO, "eq1"),
+    ("dpo.py", "rewards.argmax(1), rewards.argmin(1)", "rewards.argmin(1), rewards.argmax(1)", DPO,
+     "best_and_worst"),
+    ("dpo.py", "prompt.chosen, prompt.rejected]", "prompt.rejected, prompt.chosen]", DPO, "pairs_of"),
+    ("dpo.py", "rewards.amax(1) == rewards.amin(1)", "rewards.amax(1) != rewards.amin(1)", DPO,
+     "first_loss and sampled"),
+    ("dpo.py", "[[prompt.reference] for", "[[prompt.rejected] for", DPO, "slic_trains"),
+    # wind.py
+    ("wind.py", 'wins / n if risk == "square"', '(wins - 0.5) / (n - 1) if risk == "square"', WIND,
+     "pairing"),
+    ("wind.py", "(wins - 0.5) / (n - 1)  # (2)", "wins / n  # (2)", WIND, "eq2"),
+    ("wind.py", "0.5 * (mine == theirs)", "1.0 * (mine == theirs)", WIND, "eq2"),
+    ("wind.py", "mine > theirs", "mine < theirs", WIND, "eq2"),
+    ("wind.py", "psi = args.beta * (logprobs - ref_logprobs) + log_step",
+     "psi = args.beta * (logprobs - ref_logprobs) - log_step", WIND, "eq1"),
+    ("wind.py", "log_step / args.eta", "log_step * args.eta", WIND, "eq1"),
+    ("wind.py", ".square().mean(1)  # (3)", ".square().sum(1)  # (3)", WIND, "eq3"),
+    ("wind.py", "(residual - residual.mean(1, keepdim=True))", "residual", WIND, "eq3"),
+    ("wind.py", "(1 - win_rate) * smooth_log(1 - s)", "(1 + win_rate) * smooth_log(1 - s)", WIND, "eq4"),
+    ("wind.py", "(smooth_log(2 * s) - odds) - odds)", "(smooth_log(2 * s) - odds) + odds)", WIND, "eq5"),
+    ("wind.py", "s = psi + 0.5 - others", "s = psi + 0.5", WIND, "eq4"),
+    ("wind.py", "+ z - z.square() / 2", "+ z + z.square() / 2", WIND, "smooth_log"),
+    ("wind.py", "if step % args.refresh_every == 0:", "if False:", WIND, "renewed"),
+    # bond.py
+    ("bond.py", "anchor_rewards[:, None, :] <= rewards", "anchor_rewards[:, None, :] < rewards", BOND,
+     "eq5"),
+    ("bond.py", ".clamp(min=0.5 / below.shape[2])", "", BOND, "eq5"),
+    ("bond.py", "rewards < anchor_rewards.amin", "rewards <= anchor_rewards.amin", BOND, "eq6"),
+    ("bond.py", "anchor_rewards.amin(1", "anchor_rewards.amax(1", BOND, "eq6"),
+    ("bond.py", "return -math.log(16)", "return math.log(16)", BOND, "eq6"),
+    ("bond.py", "(count * mean - returns)", "count * mean", BOND, "eq4"),
+    ("bond.py", "returns.numel() * run.world", "returns.numel()", BOND, "eq4"),
+    ("bond.py", "forward = -anchors", "forward = anchors", BOND, "eq3"),
+    ("bond.py", "backward = -(ours", "backward = (ours", BOND, "eq4"),
+    ("bond.py", "+ args.gamma * hold", "- args.gamma * hold", BOND, "gamma_holds"),
+    ("bond.py", "(1 - args.jeffreys) * forward + args.jeffreys * backward",
+     "args.jeffreys * forward + (1 - args.jeffreys) * backward", BOND, "eq2"),
+    ("bond.py", "weight.lerp_(new, args.eta)", "weight.lerp_(new, 1 - args.eta)", BOND, "eq8"),
+    ("bond.py", "args.best_of].argmax(1)", "args.best_of].argmin(1)", BOND, "j_bond_reaches and 0.0"),
+    ("bond.py", "(args.best_of - 1) * log_quantile", "args.best_of * log_quantile", BOND,
+     "test_bond_reaches and 1.0"),
+    ("bond.py", "advantages(run, quality - log_ratio)", "advantages(run, quality + log_ratio)", BOND,
+     "j_bond_reaches and 1.0"),
+    ("bond.py", "round(1 / args.eta)", "round(2 / args.eta)", BOND, "copy_renews"),
+    ("bond.py", ', "anchor": anchor}', "}", RESUME.format("bond"), ""),
+    # common.py
+    ("common.py", "prompt_mask.sum(1, keepdim=True) + offset", "prompt_mask.shape[1] + 0 * "
+     "prompt_mask.sum(1, keepdim=True) + offset", CORE, "bug02 and gpt2"),
+    ("common.py", "(segment == 0) | (segment == segment[asking, None])", "segment >= 0", CORE,
+     "bug01 and llama"),
+    ("common.py", "& own & valid[:, None]", "& own", CORE, "bug05"),
+    ("common.py", "(behind >= 0) &", "(behind > 0) &", CORE, "bug01 and llama"),
+    ("common.py", "(behind >= 0) &", "", CORE, "bug01 and llama"),
+    ("common.py", "behind < config.sliding_window", "behind <= config.sliding_window", CORE,
+     "bug01 and mistral"),
+    ("common.py", '{"full_attention": mask, "sliding_attention": near}',
+     '{"full_attention": mask, "sliding_attention": mask}', CORE, "bug01 and gemma2"),
+    ("common.py", "torch.tanh(states / cap) * cap if cap else states", "states", CORE,
+     "bug01 and gemma2"),
+    ("common.py", "_head(model, states) / temperature, dim=-1)\n        with", "_head(model, states), "
+     "dim=-1)\n        with", CORE, "bug01 and llama"),
+    ("common.py", "batch.response_tokens[..., :-1])[mask]", "batch.response_tokens[..., 1:])[mask]",
+     CORE, "bug01 and llama"),
+    ("common.py", "torch.special.entr(logprobs.exp())", "-torch.special.entr(logprobs.exp())", CORE,
+     "bug01 and llama"),
+    ("common.py", "_head(model, states) / temperature, dim=-1)\n        token", "_head(model, states), "
+     "dim=-1)\n        token", CORE, "bug07 or bug08"),
+    ("common.py", "(token_logprobs - noise.log())", "(token_logprobs + noise.log())", CORE, "bug07"),
+    ("common.py", "alive & ~torch.isin(token, end)", "alive & (token != end[0])", CORE, "bug04"),
+    ("common.py", "row.shape[1] + t * width", "row.shape[1]", CORE, "bug08 and llama"),
+    ("common.py", "drawn.where(alive, 0.0)", "drawn", CORE, "bug08 and llama"),
+    ("common.py", "last = batch.response_mask.sum(2)[..., None, None]",
+     "last = (batch.response_mask.sum(2) - 1)[..., None, None]", CORE, "bug12 and llama"),
+    ("common.py", 'tokenizer(text, add_special_tokens=False)["input_ids"]\n    tokens',
+     'tokenizer(text)["input_ids"]\n    tokens', SCRIPTS, "bug16"),
+    ("common.py", "* judge.add_end", "", CORE, "bug13"),
+    ("common.py", "closing * bool(end)", "closing", CORE, "bug13"),
+    ("common.py", "if not judge.same_tokens:", "if False:", CORE, "bug13"),
+    ("common.py", "return rewards.gather(1, (", "return rewards + 0 * rewards.gather(1, (",
+     "tests/test_siblings.py", "equal_responses"),
+    ("common.py", "model.to(run.device).eval()", "model.to(run.device).train()", CORE, "bug09"),
+    ("common.py", "[rank::world]\n\ndef seed_of", "[rank:]\n\ndef seed_of", SCRIPTS, "bug22"),
+    ("common.py", 'seed_of(args.seed, "order", lap)', 'seed_of(args.seed, "order")', SCRIPTS, "bug22"),
+    ("common.py", "elif len(tokens) > args.max_prompt_tokens:", "elif False:", SCRIPTS, "dropped"),
+    ("common.py", "use_safetensors=True", "use_safetensors=None", SCRIPTS, "pickle"),
+    ("common.py", "+ 0.5 * (values", "+ 0.0 * (values", SCRIPTS, "ties"),
+    ("common.py", "chosen if completion is None else completion, chosen", "completion, chosen", SCRIPTS,
+     "every_format"),
+    # runlog.py
+    ("runlog.py", "weights = torch.softmax((logprobs - proposal_logprobs)",
+     "weights = torch.softmax(0 * (logprobs - proposal_logprobs)", BRAIN, "kl_estimates"),
+    ("runlog.py", "(ratio.exp() - 1 - ratio)", "(ratio.exp() - 1 + ratio)", BRAIN, "kl_estimates"),
+    ("runlog.py", '["step"] <= done', '["step"] <= done + 1', SCRIPTS, "bug29"),
+    ("runlog.py", "weights_only=True", "weights_only=False", SCRIPTS, "pickle_inside"),
+    ("runlog.py", "dist.all_reduce(tensor)", "pass", SCRIPTS, "two_processes"),
+    ("runlog.py", "os.replace(path.with_suffix", "shutil.copy(path.with_suffix",
+     "tests/test_resume.py", "while_the_checkpoint or ctrl_c"),
+]
+
+
+def survives(mutant: tuple[str, str, str, str, str]) -> str:
+    """What is wrong with the mutant's end, or an empty text if a test killed it."""
+    file, old, new, tests, words = mutant
+    source = (ROOT / file).read_text()
+    if source.count(old) != 1:
+        return f"the old text occurs {source.count(old)} times"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("tests", "docs", "prepare", "analyze"):
+            shutil.copytree(ROOT / name, Path(folder, name))
+        for name in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
+            shutil.copy(name, folder)
+        Path(folder, file).write_text(source.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+        done = subprocess.run(command + ["-k", words] * bool(words), cwd=folder,
+                              capture_output=True, text=True)
+    if done.returncode != 1:  # 0: no test failed; all else: no test was run
+        return f"pytest ended with {done.returncode}: {done.stdout[-200:]}"
+    return ""
+
+
+def main() -> None:
+    """Tries all mutants, two at a time."""
+    wanted = [m for m in MUTANTS if all(word in m[0] + m[1] for word in sys.argv[1:])]
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(survives, wanted))
+    for (file, old, new, *_), outcome in zip(wanted, outcomes, strict=True):
+        if outcome:
+            print(f"SURVIVED ({outcome}) {file}: {old!r} -> {new!r}")
+    killed = outcomes.count("")
+    print(f"killed {killed} of {len(wanted)}")
+    raise SystemExit(killed < len(wanted))
+
+
+if __name__ == "__main__":
+    main()
