@@ -31,13 +31,19 @@ How this differs from the paper (read: arXiv v1, not the ICLR version):
  2. The paper draws one sample of the policy a prompt; --samples-per-prompt 1 does that.
  3. The floor in (5) is ours, as the paper does not say what log 0 should be. (5) keeps p_≤^{N−1} of
     (1) and drops the sum, as the paper does in practice.
+    With few anchor samples it is biased: for b = 1, N = k = 2 aims at a win rate of 0.61, not 0.67
+    (J-BOND, made for two samples, has (6) instead); N = 8, k = 16 at 0.892, not 0.889. Take
+    --anchor-samples 2N or more for fixed and copy.
  4. "every 1/η steps" for --anchor copy is the paper's own comparison (η = 0.02 against 50 steps).
+    η is 0.05 by default, for a run of 120 steps; the paper's main runs have 0.02.
+ 5. With --updates-per-sample above 1 the later updates reuse y, A and ℓ of the first without
+    importance weights: then (4) and (7) hold approximately.
 
     python bond.py                                      # the embedded default, no GPU needed
     python bond.py --policy SFT --reward-model RM --dataset PROMPTS --lr 3e-6 --eta 0.02
 
-Step 0 must show eval/kl 0 and the start model's win rate (0.5 on the default). At step 1 of J-BOND
-a third of the samples is worse than both anchor samples (bond/penalised), less where rewards tie.
+Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default). At step 1 of
+J-BOND a third of the samples is worse than both anchor samples (bond/penalised), less with ties.
 """
 
 import copy
@@ -155,6 +161,8 @@ def check(args: Args) -> None:
     common.require(args.anchor != "ema" or args.anchor_samples == 2, f"--anchor ema: J-BOND has 2 "
                    f"anchor samples, not {args.anchor_samples}; take fixed or copy")
     common.require(args.anchor != "copy" or args.eta > 0, "--eta 0.0: never copies the anchor")
+    common.require(args.anchor != "ema" or args.dtype != "bfloat16", "--dtype bfloat16: steps of "
+                   "--eta are lost in its rounding; take mixed or float32")
 
 
 def main(args: Args) -> dict[str, float]:

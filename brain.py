@@ -32,9 +32,9 @@ code of their toy example):
     python brain.py                                     # the embedded default, no GPU needed
     python brain.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
 
-Step 0 must show eval/kl 0 and the start model's win rate (0.5 on the default); step 1 has a uniform
-β̂, so its loss is log N − entropy(α̂). A weights/ess near 1/N says that --beta is too small for the
-spread of the rewards: one sample of N then takes all the weight.
+Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default); step 1 has a
+uniform β̂, so its loss is log N − entropy(α̂). A weights/ess near 1/N says that --beta is too small
+for the spread of the rewards: one sample of N then takes all the weight.
 """
 
 import copy

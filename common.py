@@ -14,6 +14,7 @@ import random
 import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import datasets
@@ -85,9 +86,11 @@ def make_batch(prompts: list[Prompt], prompt_ids: list[list[int]],
 
 def encode_responses(tokenizer, policy, prompts: list[Prompt], texts: list[list[str]],
                      max_tokens: int | None = None) -> Batch:
-    """Batch of given responses, texts [P][N], closed by the policy's end token, then cut."""
-    ids = [[(tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_tokens[:1])
-            [:max_tokens] for text in group] for group in texts]
+    """Batch of given responses, texts [P][N], closed by one end token of the policy, then cut."""
+    rows = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in group]
+            for group in texts]
+    ids = [[([*takewhile(lambda token: token not in policy.end_tokens, row), policy.end_tokens[0]])
+            [:max_tokens] for row in group] for group in rows]
     return make_batch(prompts, [prompt.tokens for prompt in prompts], ids, policy.device)
 
 def micro_batches(count: int, size: int) -> list[slice]:
@@ -126,8 +129,7 @@ def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tens
         return model(**inputs).logits
 
 def _additive(model, visible: Tensor, asking: slice) -> Tensor:
-    """What to add to attention scores, [P, 1, Q, S]: eager attention takes no boolean mask. A slot
-    always sees itself, as a padded one sees nothing else and its softmax would be NaN."""
+    """What to add to attention scores, [P, 1, Q, S]; slots see themselves, or padding was NaN."""
     itself = torch.eye(visible.shape[2], dtype=torch.bool, device=visible.device)[asking]
     dtype = torch.bfloat16 if model.mixed else model.dtype
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
@@ -407,8 +409,7 @@ def split_row(row: dict, where: object) -> tuple:
     return prompt, chosen if completion is None else completion, chosen, rejected
 
 def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) -> list[Prompt]:
-    """The first `most` usable prompts of `rows` in `order`. Empty prompts, empty completions and
-    prompts longer than --max-prompt-tokens are dropped, and counted."""
+    """The first `most` usable prompts of `rows` in `order`; what is dropped is counted and said."""
     kept, empty, long = [], 0, 0
     for i in order:
         if len(kept) == most:
@@ -453,8 +454,7 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
             keep_prompts(args, tokenizer, held_out, rest, args.eval_prompts, "held-out"))
 
 def pick(prompts: list[Prompt], step: int, args, rank: int, world: int) -> list[Prompt]:
-    """This process's share of the prompts of `step` (from 1). All processes together take what one
-    alone would; every lap through the prompts has an order of its own."""
+    """This process's share of the prompts of `step` (from 1); every lap has an order of its own."""
     steps = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
     orders = {lap: random.Random(seed_of(args.seed, "order", lap)).sample(prompts, len(prompts))
               for lap in {i // len(prompts) for i in steps}}
@@ -477,9 +477,9 @@ def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
              prompts: list[Prompt]) -> tuple[dict, list[dict]]:
     """(metrics, samples): one response to each held-out prompt, drawn with the same noise at every
     evaluation, against the data set's own completion. eval/kl is the policy's KL from `ref`."""
-    args, totals, samples = run.args, [], []
-    for rows in micro_batches(len(prompts), 2 * args.prompts_per_step):
-        part = prompts[rows][run.rank :: run.world]
+    args, mine, totals, samples = run.args, prompts[run.rank :: run.world], [], []
+    for rows in micro_batches(len(mine), 2 * args.prompts_per_step // run.world):
+        part = mine[rows]
         batch, _ = sample(policy, part, 1, args.max_response_tokens, args.temperature,
                           seed_of(args.seed, "evaluate", run.rank, rows.start))
         values = {"reward": score(reward_model, batch, args.micro_batch),

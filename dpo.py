@@ -14,21 +14,25 @@ Bradley-Terry model of pairs (y_w preferred to y_l), this gives a loss without r
 
 --pairs sampled draws N responses of each prompt from the start model and takes the best and the
 worst by the reward model (DPO-sft at N = 2); --pairs dataset takes the columns chosen and rejected.
-Best against worst labels have no noise, so nothing holds Δ finite but the number of steps: such
-pairs have no finite optimum, as the tests show; pairs with Bradley-Terry noise have the one above.
+Best against worst labels have no noise, so under (1) nothing holds Δ finite but the number of
+steps: no finite optimum, as the tests show ((2) and (3) stop at their margin). Pairs labelled with
+Bradley-Terry noise have, under (1), the optimum above.
 
 P prompts a step, N samples a prompt. Log-probs are sums over the tokens of a response, end token
 included, in nats at the sampling temperature. The batch that is trained on holds y_w, y_l (and, for
-slic, y_ref, the data set's completion) of each prompt: logprobs and ref_logprobs are [P, 2 or 3].
+slic, y_ref: the data set's completion, or else its chosen response) of each prompt: logprobs and
+ref_logprobs are [P, 2 or 3].
     π_θ = logprobs    π_ref = ref_logprobs    τ = --beta    δ = --margin    λ = --reference-weight
 
 How this differs from the papers:
- 1. Prompts whose best and worst reward are equal make tied pairs: zero gradient, counted.
- 2. SLiC ranks samples by a ranking model or by humans; here it is the reward model.
- 3. AdamW, not RMSprop (DPO) or Adafactor (SLiC).
+ 1. Prompts whose best and worst reward are equal make tied pairs: y_w and y_l get zero gradient,
+    and are counted.
+ 2. SLiC ranks samples by a ranking model or by humans; here it is the reward model or the data set.
+ 3. AdamW, not RMSprop (DPO) or Adafactor (Liu et al.).
 
     python dpo.py                                       # the embedded default, no GPU needed
-    python dpo.py --policy SFT --reward-model RM --dataset PAIRS --pairs dataset --lr 1e-6
+    python dpo.py --policy SFT --reward-model RM --dataset PAIRS --pairs dataset
+                  --lr 1e-6 --max-response-tokens 512
 
 Step 1 must show the loss ln 2 = 0.6931 (sigmoid) or 1 (hinge). logprob/chosen and logprob/rejected
 usually both fall during training: the loss only asks that the rejected one falls faster.
@@ -114,7 +118,7 @@ def best_and_worst(rewards: Tensor) -> Tensor:
 
 
 def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, tied: Tensor, args: Args) -> Tensor:
-    """Loss [P] of log-probs of y_w, y_l (and y_ref), [P, 2 or 3]; no gradient where tied [P]."""
+    """Loss [P] of log-probs of y_w, y_l (and y_ref), [P, 2 or 3]; no gradient of Δ if tied [P]."""
     ratios = logprobs if args.loss == "slic" else logprobs - ref_logprobs
     delta = (ratios[:, 0] - ratios[:, 1]).where(~tied, 0.0)
     if args.loss == "sigmoid":
@@ -185,7 +189,9 @@ def main(args: Args) -> dict[str, float]:
                             response_mask=batch.response_mask[row[:, None], best])
             tied = rewards.amax(1) == rewards.amin(1)
         else:
-            tied = torch.tensor([p.chosen == p.rejected for p in prompts], device=run.device)
+            same = batch.response_tokens[:, 0] == batch.response_tokens[:, 1]
+            same &= batch.response_mask[:, 0] == batch.response_mask[:, 1]
+            tied = same.all(1)
         if args.loss == "slic":
             batch = batch.beside(common.encode_responses(
                 tokenizer, policy, prompts, [[prompt.reference] for prompt in prompts],

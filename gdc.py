@@ -1,7 +1,9 @@
 """DPG, GDC and GDC++: distributional policy gradients towards an energy-based target.
 
-Sources: Khalifa et al., ICLR 2021, 2012.11635 (GDC, KL-adaptive DPG); Korbak et al., ICML 2022,
-2112.00791 (CDPG: prompts); Korbak et al., NeurIPS 2022, 2206.00761 (the baseline, here GDC++).
+Parshakova et al., 2019, 1912.08517 (DPG); Khalifa et al., ICLR 2021, 2012.11635 (GDC, KL-adaptive
+DPG); Korbak et al., ICML 2022, 2112.00791 (CDPG: prompts); Korbak et al., NeurIPS 2022, 2206.00761
+(the baseline, here GDC++). The papers' bodies could not be read: what is said of them is what their
+authors' published code does.
 
 The target is p*(y|x) = P(y|x) / Z(x) with P(y|x) = p(y|x) · exp(r(x,y) / τ), p the start model. The
 policy π_θ comes close to it by gradient steps on KL(p*‖π_θ) with samples of a proposal q′ and
@@ -25,22 +27,28 @@ included, in nats at the sampling temperature; they, the rewards and w are [P, N
     KL-adaptive CDPG      --baseline none --normalizer prompt  --proposal adaptive   (1), Z(x)
     on-policy DPG         --baseline none --normalizer running --proposal policy
     CDPG                  --baseline none --normalizer prompt  --proposal policy
-    GDC++ (the default)   --baseline gdc++ --normalizer prompt --proposal adaptive   (2), Z(x)
+    GDC++                 --baseline gdc++ --normalizer running --proposal adaptive  (2), one Z
+    GDC++ with prompts    --baseline gdc++ --normalizer prompt  --proposal adaptive  (2), Z(x)
 
-How this differs from the papers:
+The last one is the default.
+
+How this differs:
  1. The target is the one of KL-regularised reward maximisation; theirs constrain features of y.
     GDC fits the λ of P by moment matching: here r/τ is given and nothing is fitted.
  2. GDC's code leaves 1/Z out of (1), a constant factor of the step size; here it is in.
  3. Ẑ from a prompt's own N samples makes w/Z self-normalised: exact as N grows, biased at small N.
-    With a baseline the fixed point is then not exactly p* (measured in the tests); BRAIn, which
-    self-normalises the baseline as well, has none of this bias.
+    The fixed point is then not exactly p*, with or without the baseline, unless the proposal has
+    come to p* as well (shown in the tests); BRAIn, which self-normalises the baseline too, is exact
+    for any proposal.
+ 4. Their code updates Z and tests the proposal on all of a period's fresh samples; here the running
+    Z takes in the training samples, and a test draws one batch.
 
     python gdc.py                                       # the embedded default, no GPU needed
     python gdc.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
 
-Step 0 must show eval/kl 0 and the start model's win rate (0.5 on the default). At step 1 of GDC++
-with Ẑ(x) the weights of a prompt sum to 0 over its samples; gdc/kl_policy then falls below
-gdc/kl_proposal and gdc/replaced is 1. A weights/ess near 1/N says that --beta is too small.
+Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default). Step 1
+shows kl/ref 0. The first test (step --test-every) should find gdc/kl_policy below gdc/kl_proposal,
+so gdc/replaced is 1. A weights/ess near 1/N says that --beta is too small.
 """
 
 import copy
@@ -167,8 +175,7 @@ def main(args: Args) -> dict[str, float]:
                                   fused=True)
 
     # ── models of the method ──
-    proposals = {"adaptive": copy.deepcopy(ref), "policy": policy, "sft": ref}
-    proposal = proposals[args.proposal]
+    proposal = {"policy": policy, "sft": ref}.get(args.proposal) or copy.deepcopy(ref)
     running = torch.nn.ParameterList([torch.zeros((), dtype=torch.float64, device=run.device)])
     running.requires_grad_(False)  # a number that checkpoints keep, as they keep weights
     done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal,
@@ -228,10 +235,12 @@ def main(args: Args) -> dict[str, float]:
                                      common.seed_of(args.seed, "test", step, run.rank))
             old, new, start = (common.logprobs(model, fresh, args.temperature, args.micro_batch)
                                for model in (proposal, policy, ref))
-            log_target = start + common.score(reward_model, fresh, args.micro_batch) / args.beta
-            log_w = log_target - old
-            log_z = log_mean_weight(log_w) if args.normalizer == "prompt" else running[0].log()
-            kl = torch.stack([kl_from_target(log_w, log_z, log_target, h).mean().double()
+            fresh_rewards = common.score(reward_model, fresh, args.micro_batch)
+            common.require_finite(fresh_rewards, "the reward", fresh)
+            target = start + fresh_rewards / args.beta
+            fresh_w = log_weights(start, fresh_rewards, old, args.beta)
+            fresh_z = log_mean_weight(fresh_w) if args.normalizer == "prompt" else log_z
+            kl = torch.stack([kl_from_target(fresh_w, fresh_z, target, h).mean().double()
                               for h in (old, new)])
             run.average([kl])
             if kl[1] < kl[0]:
@@ -256,8 +265,8 @@ def main(args: Args) -> dict[str, float]:
         }
 
         # ── log of the method ──
-        ess = weights.sum(1).square() / weights.square().sum(1) / args.samples_per_prompt
-        metrics |= {"weights/ess": ess.mean(), "gdc/z": log_z.exp().mean(), **tested}
+        ess = 1 / log_w.softmax(1).square().sum(1) / args.samples_per_prompt
+        metrics |= {"weights/ess": ess.mean(), "gdc/z": log_z.double().exp().mean(), **tested}
 
         # ── evaluate ──
         samples = []

@@ -49,7 +49,7 @@ def parse_args(args_class, argv: list[str] | None = None):
 
     if not args.resume:
         return args
-    saved = load("--resume", f"{args.resume}/args.json", read)
+    saved = load("--resume", str(Path(args.resume, "args.json").absolute()), read)
     args = tyro.cli(args_class, args=argv, default=saved)
     for name, value in vars(args).items():
         require(value == getattr(saved, name), f"--{name.replace('_', '-')} {value}: "
@@ -133,7 +133,8 @@ class Run:
             except Exception as error:  # a damaged file fails in as many ways as it has bytes
                 require(False, f"--resume {self.folder}: {path} is cut short or damaged "
                         f"({type(error).__name__})")
-        for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+        logs = (self.folder / "metrics.jsonl", self.folder / "samples.jsonl")
+        for log in logs if self.rank == 0 else ():
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             log.write_text("".join(line for line in lines if line.endswith("\n")
                                    and json.loads(line)["step"] <= done))
@@ -142,8 +143,8 @@ class Run:
     def save(self, step: int) -> None:
         """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
         path = self.folder / "checkpoint" / "state.pt"
-        path.parent.mkdir(exist_ok=True)
         if self.rank == 0:
+            path.parent.mkdir(exist_ok=True)
             with open(path.with_suffix(".new"), "wb") as file:
                 parts = {name: part.state_dict() for name, part in self.state.items()}
                 torch.save({"step": step, "run": self._identity()} | parts, file)

@@ -99,9 +99,9 @@ def test_bounds_and_composition():
 def test_eq3_eq4_eq7_by_hand():
     """Two policy samples, two anchors of which the second is better."""
     logprobs = torch.tensor([[-1.0, -2.0, -3.0, -5.0]])
-    log_ratio, advantage = torch.tensor([[0.5, -0.5]]), torch.tensor([[2.0, -1.0]])
+    log_ratio, advantage = torch.tensor([[0.5, -0.5]]), torch.tensor([[2.0, -3.0]])
     got = loss(logprobs, log_ratio, advantage, torch.tensor([1]), jeffreys=0.25, gamma=2.0)
-    backward, hold = -(-1 * 2 + -2 * -1) / 2, (-1 * 0.5 + -2 * -0.5) / 2
+    backward, hold = -(-1 * 2 + -2 * -3) / 2, (-1 * 0.5 + -2 * -0.5) / 2
     assert got.item() == pytest.approx(0.75 * 5 + 0.25 * backward + 2 * hold)
 
 

@@ -52,11 +52,11 @@ def expected_gradient(estimator, logits, ref, proposal, rewards, beta, n):
 
 # ── equations ──
 def test_eq1_weights_are_the_self_normalised_posterior():
-    """By hand: p = (.5, .25), r = (0, τ log 3), q′ = (.5, .5) gives weights 1 : 1.5."""
+    """By hand: p = (.5, .25), r = (0, τ log 3), q′ = (.25, .5) gives weights 2 : 1.5."""
     alpha = brain.posterior_weights(torch.tensor([[0.5, 0.25]]).log(),
                                     torch.tensor([[0.0, 2 * math.log(3)]]),
-                                    torch.tensor([[0.5, 0.5]]).log(), beta=2.0)
-    torch.testing.assert_close(alpha, torch.tensor([[0.4, 0.6]]))
+                                    torch.tensor([[0.25, 0.5]]).log(), beta=2.0)
+    torch.testing.assert_close(alpha, torch.tensor([[4 / 7, 3 / 7]]))
 
 
 def test_eq1_invariances():

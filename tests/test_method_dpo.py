@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import write_jsonl
+from models import make_model, word_tokenizer, write_jsonl
 from tables import (
     all_responses,
     distance,
@@ -174,6 +174,8 @@ def test_pairs_of_the_dataset_reach_the_batch(world, tmp_path, monkeypatch):
     train(dpo, world, tmp_path / "run", steps=1, pairs="dataset", prompts_per_step=2,
           max_response_tokens=2)
     texts, batch = seen[1]  # the first call scored the references
+    assert original(word_tokenizer(["a", "b"]), make_model("llama"), [common.Prompt("", [4])],
+                    [["a <eos> b", "a"]]).response_tokens.tolist() == [[[4, 1], [4, 1]]]
     assert texts == [["a", "b"]] * 2
     assert batch.response_tokens.tolist() == [[[4, 1], [5, 1]]] * 2 and batch.response_mask.all()
 

@@ -164,6 +164,7 @@ def test_eq4_the_proposal_is_replaced_when_the_policy_is_closer(world, tmp_path)
     for line in tests:
         assert line["gdc/replaced"] == (line["gdc/kl_policy"] < line["gdc/kl_proposal"])
     assert tests[0]["gdc/replaced"] == 1
+    assert tests[-1]["gdc/kl_proposal"] < 0.3 * tests[0]["gdc/kl_proposal"]  # as it was replaced
 
 
 def test_eq3_running_normalizer_is_the_mean_over_all_samples(world, tmp_path, monkeypatch):

@@ -220,6 +220,19 @@ def world(tmp_path_factory):
     return make_small_world(tmp_path_factory.mktemp("wind"), 1) | {"beta": 0.4, "eta": 2.0}
 
 
+@pytest.mark.parametrize("risk", ["kl", "nce"])
+@pytest.mark.parametrize("win_rate", [0.0, 1 / 7, 0.5, 1.0])
+def test_eq4_eq5_pull_back_from_both_sides(risk, win_rate):
+    """However far s is below 0 or above 1, the slope is finite and leads back to the win rate."""
+    for s in (-30.0, -3.0, -0.6, 1.6, 4.0, 30.0):
+        psi = torch.zeros(1, 10, dtype=torch.float64)
+        psi[0, 0] = s - 0.5  # the others' mean is 0
+        out = loss(psi.requires_grad_(), *[torch.zeros(1, 10).double()] * 2,
+                   torch.full((1, 10), win_rate).double(), beta=1.0, eta=1e12, risk=risk)
+        slope = torch.autograd.grad(out.sum(), psi)[0][0, 0].item()
+        assert math.isfinite(slope) and (slope > 0 if s > 1 else slope < 0 or slope == win_rate == 0)
+
+
 @pytest.mark.parametrize("risk", ["square", "kl", "nce"])
 def test_the_loop_reaches_the_equilibrium(world, tmp_path, risk):
     """main() comes within 0.02 in total variation of π* ∝ π_ref·exp(g_π*/β)."""
@@ -233,4 +246,4 @@ def test_the_opponent_is_renewed(world, tmp_path):
     """The loss after a renewal starts from a ψ without the step's part: psi_std falls back."""
     _, lines = train(wind, world, tmp_path / "run", steps=12, refresh_every=4, warmup_steps=0)
     std = [line["wind/psi_std"] for line in lines[1:]]
-    assert std[0] == pytest.approx(0, abs=1e-4) and std[4] < std[3] and std[8] < std[7]
+    assert std[0] == pytest.approx(0, abs=1e-4) and std[4] < 0.7 * std[3]

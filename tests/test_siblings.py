@@ -240,7 +240,8 @@ def test_every_variant_runs_resumes_and_splits(world, tmp_path, script, more):
     (dpo, {"beta": 0.0}, "--beta 0.0"), (dpo, {"samples_per_prompt": 1}, "--samples-per-prompt 1"),
     (wind, {"eta": 0.0}, "--eta 0.0"), (wind, {"refresh_every": 0}, "--refresh-every 0"),
     (wind, {"samples_per_prompt": 1}, "--samples-per-prompt 1"), (wind, {"beta": -1.0}, "--beta -1"),
-    (bond, {"jeffreys": 1.5}, "--jeffreys 1.5"), (bond, {"eta": 2.0}, "--eta 2.0"),
+    (wind, {"samples_per_prompt": 3, "risk": "kl"}, "--risk kl"),
+    (bond, {"dtype": "bfloat16"}, "--dtype bfloat16"), (bond, {"jeffreys": 1.5}, "--jeffreys 1.5"), (bond, {"eta": 2.0}, "--eta 2.0"),
     (bond, {"best_of": 1}, "--best-of 1"), (bond, {"best_of": 3}, "--best-of 3"),
     (bond, {"anchor_samples": 3}, "--anchor ema"), (bond, {"anchor": "copy", "eta": 0.0}, "--eta"),
 ])
