@@ -103,3 +103,24 @@ def train(script, flags: dict, folder: Path, decay=False, **more) -> tuple[torch
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Total variation of two laws given by log-probs."""
     return 0.5 * (first.exp() - second.exp()).abs().sum().item()
+
+
+def samplers(monkeypatch) -> list[torch.Tensor]:
+    """A list that gets a weight of the model that draws, at each step's sampling (not at evaluations,
+    which draw one response, nor at a test of fresh samples)."""
+    weights, original, seeds = [], common.sample, common.seed_of
+
+    def sample(model, prompts, n, *more):
+        if n > 1 and more[-1] in training:
+            weights.append(next(model.parameters()).detach().clone())
+        return original(model, prompts, n, *more)
+
+    def seed_of(*parts):
+        seed = seeds(*parts)
+        if all(isinstance(part, int) for part in parts):  # (seed, step, rank)
+            training.add(seed)
+        return seed
+    training: set[int] = set()
+    monkeypatch.setattr(common, "sample", sample)
+    monkeypatch.setattr(common, "seed_of", seed_of)
+    return weights

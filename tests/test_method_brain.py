@@ -246,7 +246,7 @@ def test_the_loop_reaches_the_posterior(world, tmp_path, refresh):
     assert before.min() > 0.15 and distance.max() < 0.02, (before, distance)
 
 
-def test_first_lines_and_learning_rate(world, tmp_path):
+def test_bug10_bug21_first_lines_and_learning_rate(world, tmp_path):
     """Step 0: KL 0. Step 1: β̂ is uniform, loss = log N − entropy(α̂). Bug 21: warm-up as stated.
     A run with --micro-batch takes the same steps."""
     lines = {}

@@ -27,7 +27,7 @@ def loss(logprobs, ref, tied=FREE, **flags):
     return dpo.dpo_loss(logprobs, ref, tied, dpo.Args(**flags))
 
 
-def test_eq1_eq2_eq3_by_hand():
+def test_bug26_eq1_eq2_eq3_by_hand():
     """log π = (−1, −3), log π_ref = (−2, −2.5), so Δ = 1.5; y_ref has −4."""
     logprobs, ref = torch.tensor([[-1.0, -3.0, -4.0]]), torch.tensor([[-2.0, -2.5, -7.0]])
     assert loss(logprobs, ref, beta=0.4).item() == pytest.approx(math.log(1 + math.exp(-0.6)))
@@ -39,7 +39,7 @@ def test_eq1_eq2_eq3_by_hand():
 
 
 @pytest.mark.parametrize("name, start", [("sigmoid", math.log(2)), ("hinge", 1.0), ("slic", 5.0)])
-def test_ties_have_no_gradient_and_the_start_has_its_value(name, start):
+def test_bug18_ties_have_no_gradient_and_the_start_has_its_value(name, start):
     """At π = π_ref the loss is ln 2, or 1; a tied pair keeps that value and has gradient zero."""
     ref = table(0, 2, 3)
     logprobs = ref.clone().requires_grad_()

@@ -1,5 +1,6 @@
 """WIND's risks and the game they solve, on tables and on a model of 31 responses."""
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from tables import (
     expectation,
     gradient,
     make_small_world,
+    samplers,
     table,
     train,
 )
@@ -242,8 +244,9 @@ def test_the_loop_reaches_the_equilibrium(world, tmp_path, risk):
     assert distance(ref, star) > 0.1 and distance(after, star) < 0.02
 
 
-def test_the_opponent_is_renewed(world, tmp_path):
-    """The loss after a renewal starts from a ψ without the step's part: psi_std falls back."""
-    _, lines = train(wind, world, tmp_path / "run", steps=12, refresh_every=4, warmup_steps=0)
-    std = [line["wind/psi_std"] for line in lines[1:]]
-    assert std[0] == pytest.approx(0, abs=1e-4) and std[4] < 0.7 * std[3]
+def test_the_opponent_is_renewed(world, tmp_path, monkeypatch):
+    """Samples come from one model for --refresh-every steps, then from another."""
+    draws = samplers(monkeypatch)
+    train(wind, world, tmp_path / "run", steps=9, refresh_every=4, warmup_steps=0)
+    same = [torch.equal(first, second) for first, second in itertools.pairwise(draws)]
+    assert same == [True] * 3 + [False] + [True] * 3 + [False]

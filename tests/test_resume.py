@@ -192,7 +192,7 @@ def test_resume_of_a_finished_run_changes_nothing(world, whole, tmp_path, capsys
     assert str(run) in capsys.readouterr().out
 
 
-def test_a_run_depends_on_its_flags_only(world, whole, tmp_path, monkeypatch):
+def test_bug25_a_run_depends_on_its_flags_only(world, whole, tmp_path, monkeypatch):
     """Neither on the state of torch's own generator nor on the place it is started from."""
     torch.manual_seed(99)
     monkeypatch.chdir(tmp_path)

@@ -80,7 +80,7 @@ def test_bug16_one_start_token_and_no_end_token_in_a_prompt():
     assert common.encode_prompt(tokenizer, "a film")[1] == plain
 
 
-def test_dropped_prompts_are_counted(world, tmp_path, capsys):
+def test_bug23_dropped_prompts_are_counted(world, tmp_path, capsys):
     """Empty prompts, empty completions and long prompts are dropped, each by its rule."""
     rows = [{"prompt": "a film", "completion": "good"}, {"prompt": "", "completion": "good"},
             {"prompt": "so bad", "completion": " "}, {"prompt": "a " * 17, "completion": "good"},

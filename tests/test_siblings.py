@@ -271,3 +271,37 @@ def test_equal_responses_have_equal_rewards(world):
         prompts, [p.tokens for p in prompts], [[group[i]] for group in ids], policy.device))
         for i in range(6)], 1)
     torch.testing.assert_close(rewards, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_bug19_metrics_are_masked(world, tmp_path, monkeypatch):
+    """On responses of unlike lengths, by hand: length, share that ended, entropy, KL of step 2."""
+    seen, drawn = [], common.sample
+
+    def sample(model, prompts, n, *more):
+        batch, logprobs = drawn(model, prompts, n, *more)
+        if n > 1:  # not an evaluation
+            seen.append((batch, logprobs))
+        return batch, logprobs
+    monkeypatch.setattr(common, "sample", sample)
+    lines, _ = run(gdc, world, tmp_path / "run", steps=2, proposal="policy", lr=0.05, warmup_steps=0)
+    tokenizer = common.load_tokenizer("--policy", world["policy"])
+    flags = runlog.Run(brain.Args(policy=world["policy"], max_prompt_tokens=16,
+                                  max_response_tokens=6), brain.__file__)
+    ref = common.load_policy(flags, tokenizer)
+    for line, (batch, _) in zip(lines[1:], seen, strict=True):
+        rows = [tokens[mask].tolist() for tokens, mask in zip(
+            batch.response_tokens.flatten(0, 1), batch.response_mask.flatten(0, 1))]
+        assert len({len(row) for row in rows}) > 1
+        assert line["length/mean"] == pytest.approx(sum(map(len, rows)) / len(rows))
+        assert line["length/eos_rate"] == pytest.approx(sum(row[-1] == 1 for row in rows) / len(rows))
+    batch, logprobs = seen[1]
+    ref_sum, count = 0.0, 0
+    for prompt, group, masks in zip(batch.prompts, batch.response_tokens, batch.response_mask):
+        for tokens, mask in zip(group, masks):
+            ids = prompt.tokens + tokens[mask].tolist()
+            with torch.no_grad():
+                steps = ref(torch.tensor([ids])).logits[0].log_softmax(-1)
+            ref_sum += sum(steps[i - 1, ids[i]].item() for i in range(len(prompt.tokens), len(ids)))
+            count += 1
+    assert lines[2]["kl/ref"] == pytest.approx((logprobs.sum().item() - ref_sum) / count, abs=2e-3)
+    assert lines[2]["kl/ref"] > 0.01
