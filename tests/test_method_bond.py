@@ -208,7 +208,7 @@ def test_j_bond_reaches_its_stationary_law_against_a_frozen_anchor(world, tmp_pa
     target = ref - math.log(16) * (1 - quantiles(ref, rewards)[1]) ** 2
     goal = jeffreys_minimum(best_of(ref, rewards, 2), target, b)
     after, _ = train(bond, world, tmp_path / "run", True, eta=0.0, jeffreys=b,
-                     prompts_per_step=128, lr=2e-3, steps=250)
+                     prompts_per_step=256, lr=2e-3, steps=250)
     assert distance(ref, goal) > 0.1 and distance(after, goal) < 0.02
 
 

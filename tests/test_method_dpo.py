@@ -134,7 +134,8 @@ def test_the_loop_reaches_the_target_with_bradley_terry_labels(world, tmp_path, 
 
     monkeypatch.setattr(dpo, "best_and_worst", noisy)
     ref, rewards = all_responses(world, world["policy"])
-    after, lines = train(dpo, world, tmp_path / "run")
+    after, lines = train(dpo, world, tmp_path / "run", True, lr=3e-3,
+                         prompts_per_step=512)
     target = posterior(ref, rewards, world["beta"])
     assert distance(ref, target) > 0.1 and distance(after, target) < 0.02
     same = (ref.exp()[:, None] * ref.exp() * (rewards[:, None] == rewards)).sum().item()

@@ -149,7 +149,7 @@ def test_the_loop_reaches_the_target(world, tmp_path, more):
     """main() comes within 0.02 in total variation of p* from the start model, by every variant."""
     ref, rewards = all_responses(world | more, world["policy"])
     target = posterior(ref, rewards, world["beta"])
-    after, lines = train(gdc, world, tmp_path / "run", **more)
+    after, lines = train(gdc, world, tmp_path / "run", True, **more)
     assert distance(ref, target) > 0.15 and distance(after, target) < 0.02
     log_z = (ref + rewards / world["beta"]).logsumexp(0)
     z = [line["gdc/z"] for line in lines[1:]]

@@ -240,7 +240,7 @@ def test_the_loop_reaches_the_equilibrium(world, tmp_path, risk):
     """main() comes within 0.02 in total variation of π* ∝ π_ref·exp(g_π*/β)."""
     ref, rewards = all_responses(world, world["policy"])
     star = equilibrium(ref, game(rewards), world["beta"])
-    after, _ = train(wind, world, tmp_path / "run", risk=risk)
+    after, _ = train(wind, world, tmp_path / "run", True, risk=risk)
     assert distance(ref, star) > 0.1 and distance(after, star) < 0.02
 
 
