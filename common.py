@@ -37,8 +37,8 @@ def require(condition: bool, message: str) -> None:
 
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
-    for prompt, good in zip(batch.prompts, values.isfinite().view(len(values), -1).all(1).tolist()):
-        require(good, f"{what} is NaN or infinite for the prompt {prompt.text!r}; the run stops")
+    for prompt, ok in zip(batch.prompts, values.isfinite().view(len(values), -1).all(1).tolist()):
+        require(ok, f"{what} is NaN or infinite for the prompt {prompt.text!r}; checkpoint is kept")
 
 # ── A batch: P prompts, each held once, N responses beside each ───────────────────────────────────
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def encode_responses(tokenizer, policy, prompts: list[Prompt], texts: list[list[
     """Batch of given responses, texts [P][N], closed by one end token of the policy, then cut."""
     rows = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in group]
             for group in texts]
-    ids = [[([*takewhile(lambda token: token not in policy.end_tokens, row), policy.end_tokens[0]])
+    ids = [[[*takewhile(lambda token: token not in policy.end_tokens, row), policy.end_tokens[0]]
             [:max_tokens] for row in group] for group in rows]
     return make_batch(prompts, [prompt.tokens for prompt in prompts], ids, policy.device)
 

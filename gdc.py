@@ -243,10 +243,9 @@ def main(args: Args) -> dict[str, float]:
             kl = torch.stack([kl_from_target(fresh_w, fresh_z, target, h).mean().double()
                               for h in (old, new)])
             run.average([kl])
-            if kl[1] < kl[0]:
+            if closer := bool(kl[1] < kl[0]):
                 proposal.load_state_dict(policy.state_dict())
-            tested = {"gdc/kl_proposal": kl[0], "gdc/kl_policy": kl[1],
-                      "gdc/replaced": kl[1] < kl[0]}
+            tested = {"gdc/kl_proposal": kl[0], "gdc/kl_policy": kl[1], "gdc/replaced": closer}
 
         # ── log ──
         updated = run.clock()

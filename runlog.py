@@ -51,9 +51,9 @@ def parse_args(args_class, argv: list[str] | None = None):
         return args
     saved = load("--resume", str(Path(args.resume, "args.json").absolute()), read)
     args = tyro.cli(args_class, args=argv, default=saved)
-    for name, value in vars(args).items():
-        require(value == getattr(saved, name), f"--{name.replace('_', '-')} {value}: "
-                f"{args.resume} has {getattr(saved, name)}; leave it out")
+    changed = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+               if value != getattr(saved, name)]
+    require(not changed, f"{' '.join(changed)}: {args.resume} has another value; leave it out")
     return args
 
 class Run:

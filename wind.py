@@ -134,11 +134,17 @@ def smooth_log(x: Tensor) -> Tensor:
     return torch.where(x > FLOOR, x.clamp(min=FLOOR).log(), math.log(FLOOR) + z - z.square() / 2)
 
 
+def step_value(logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor,
+               args: Args) -> Tensor:
+    """ψ [P, N] of three log-probs, [P, N] each."""
+    log_step = logprobs - previous_logprobs
+    return args.beta * (logprobs - ref_logprobs) + log_step / args.eta  # (1)
+
+
 def wind_loss(logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor, win_rate: Tensor,
               args: Args) -> Tensor:
     """Loss [P] of three log-probs and the win rates, [P, N] each."""
-    log_step = logprobs - previous_logprobs
-    psi = args.beta * (logprobs - ref_logprobs) + log_step / args.eta  # (1)
+    psi = step_value(logprobs, ref_logprobs, previous_logprobs, args)
     if args.risk == "square":
         residual = psi - win_rate
         return (residual - residual.mean(1, keepdim=True)).square().mean(1)  # (3)
@@ -153,10 +159,9 @@ def wind_loss(logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor,
 
 def check(args: Args) -> None:
     """Ends the process where flags do not fit the method."""
-    for name in ("beta", "eta", "refresh_every"):
-        value = getattr(args, name)
-        common.require(value > 0 or name == "beta", f"--{name.replace('_', '-')} {value}: must be "
-                       "more than 0")
+    common.require(args.eta > 0, f"--eta {args.eta}: must be more than 0")
+    common.require(args.refresh_every > 0, f"--refresh-every {args.refresh_every}: must be more "
+                   "than 0")
     common.require(args.samples_per_prompt > 1, f"--samples-per-prompt {args.samples_per_prompt}: "
                    "samples duel with each other; take 2 or more")
     common.require(args.risk == "square" or args.samples_per_prompt > 3, f"--risk {args.risk}: "
@@ -244,7 +249,7 @@ def main(args: Args) -> dict[str, float]:
         }
 
         # ── log of the method ──
-        psi = args.beta * (logprobs - ref_logprobs) + (logprobs - proposal_logprobs) / args.eta
+        psi = step_value(logprobs, ref_logprobs, proposal_logprobs, args)
         metrics |= {"wind/psi_std": psi.std(1, correction=0).mean(),
                     "wind/win_rate_std": win_rate.std(1, correction=0).mean()}
 

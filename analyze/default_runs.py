@@ -9,8 +9,9 @@ import json
 import statistics
 from pathlib import Path
 
+from analyze.differences import NAMES
+
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["brain", "gdc", "dpo", "wind", "bond"]
 COLUMNS = {"first win_rate": "win rate before", "last win_rate": "after",
            "first gold_win_rate": "gold before", "last gold_win_rate": "after",
            "last kl": "KL, nats", "seconds": "seconds"}

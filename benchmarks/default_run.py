@@ -8,7 +8,6 @@ the first and the last evaluation, the gold win rates, and where it ran.
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,13 +16,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
 import tyro
 
+from benchmarks.where import ROOT, about
 from prepare import gold
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "default_run.jsonl"
 
 
@@ -37,7 +34,6 @@ class Args:
 
 def main(args: Args) -> None:
     """Runs the script once a seed, one after the other."""
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     results = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -57,9 +53,7 @@ def main(args: Args) -> None:
         ends |= {"first gold_win_rate": judged[0][1], "last gold_win_rate": judged[-1][1]}
         results.append({"command": " ".join(["python", *command]), "seconds": round(seconds, 1)}
                        | {key: round(value, 4) for key, value in ends.items()}
-                       | {"cores": os.cpu_count(), "machine": platform.machine(),
-                          "load_before": round(load, 2), "torch": torch.__version__,
-                          "transformers": transformers.__version__, "commit": git.stdout.strip()})
+                       | {"load_before": round(load, 2)} | about())
         print(json.dumps(results[-1]))
         with open(RESULTS, "a") as file:
             file.write(json.dumps(results[-1]) + "\n")

@@ -10,8 +10,6 @@ before its first step. Adds a line a shape to benchmarks/results/dpo_step.jsonl.
 
 import copy
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -19,7 +17,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 import torch
@@ -28,8 +25,8 @@ import tyro
 
 import common
 import dpo
+from benchmarks.where import ROOT, about
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dpo_step.jsonl"
 VOCABULARY, PAIRS, BETA = 8_000, 4, 0.1
 
@@ -133,7 +130,6 @@ def main(args: Args) -> None:
         side = our_step if args.memory_of == "ours" else trl_step
         print(peak_memory(side(*args.shapes[0])))
         return
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     import trl
 
     for shape in args.shapes:
@@ -160,9 +156,7 @@ def main(args: Args) -> None:
                 "trl_s": round(statistics.median(times["trl"]), 3),
                 "our_peak_mib": round(memory["ours"]), "trl_peak_mib": round(memory["trl"]),
                 "memory_ratio": round(memory["ours"] / memory["trl"], 2),
-                "repeats": args.repeats, "cores": os.cpu_count(), "machine": platform.machine(),
-                "torch": torch.__version__, "transformers": transformers.__version__,
-                "trl": trl.__version__, "commit": git.stdout.strip()}
+                "repeats": args.repeats, "trl": trl.__version__} | about()
         print(json.dumps(line), flush=True)
         with open(RESULTS, "a") as file:
             file.write(json.dumps(line) + "\n")

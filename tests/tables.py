@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -65,8 +65,8 @@ def make_small_world(folder: Path, responses: int = 2) -> dict:
 def all_responses(flags: dict, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs of `policy`, rewards) in float64 of all responses to the one prompt, [responses]."""
     names = {field.name for field in fields(brain.Args)}
-    args = brain.Args(**{name: value for name, value in flags.items() if name in names})
-    args = replace(args, policy=policy, run_dir="")
+    args = brain.Args(**{name: value for name, value in flags.items() if name in names}
+                      | {"policy": policy, "run_dir": ""})
     run = runlog.Run(args, brain.__file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     model = common.load_policy(run, tokenizer)
@@ -106,12 +106,12 @@ def distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def samplers(monkeypatch) -> list[torch.Tensor]:
-    """A list that gets a weight of the model that draws, at each step's sampling (not at evaluations,
-    which draw one response, nor at a test of fresh samples)."""
+    """A list that gets a weight of the model that draws, at each step's sampling (not at
+    evaluations, nor at a test of fresh samples)."""
     weights, original, seeds = [], common.sample, common.seed_of
 
     def sample(model, prompts, n, *more):
-        if n > 1 and more[-1] in training:
+        if more[-1] in training:
             weights.append(next(model.parameters()).detach().clone())
         return original(model, prompts, n, *more)
 

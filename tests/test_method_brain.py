@@ -1,6 +1,5 @@
 """BRAIn's equations on models and tables whose every response can be listed."""
 
-import itertools
 import json
 import math
 from dataclasses import replace
@@ -8,23 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from models import make_model, save, word_tokenizer, write_jsonl
+from models import make_model
+from tables import (
+    all_responses,
+    distance,
+    expectation,
+    gradient,
+    make_small_world,
+    posterior,
+    table,
+)
 
 import brain
 import common
 import runlog
 
 torch.set_default_dtype(torch.float32)
-
-
-def table(seed: int, *shape: int) -> torch.Tensor:
-    """Random numbers in float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def posterior(ref: torch.Tensor, rewards: torch.Tensor, beta: float) -> torch.Tensor:
-    """Log of (T) over all responses, the last dimension."""
-    return (ref + rewards / beta).log_softmax(-1)
 
 
 def step_weights(estimator, logprobs, ref, proposal, rewards, beta):
@@ -38,16 +36,12 @@ def step_weights(estimator, logprobs, ref, proposal, rewards, beta):
 def expected_gradient(estimator, logits, ref, proposal, rewards, beta, n):
     """Mean gradient in the logits of a table policy, over all n-tuples of responses drawn from the
     proposal, with their exact probabilities."""
-    size, mean = len(logits), torch.zeros_like(logits)
-    for picks in itertools.product(range(size), repeat=n):
-        picks = torch.tensor(picks)
-        variable = logits.clone().requires_grad_()
+    def one(picks):
         alpha = brain.posterior_weights(ref[picks][None], rewards[picks][None],
                                         proposal[picks][None], beta)
-        loss = brain.brain_loss(variable.log_softmax(0)[picks][None], proposal[picks][None], alpha,
-                                estimator)
-        mean += proposal[picks].sum().exp() * torch.autograd.grad(loss.sum(), variable)[0]
-    return mean
+        return gradient(logits, lambda q: brain.brain_loss(q[picks][None], proposal[picks][None],
+                                                           alpha, estimator))
+    return expectation(proposal, n, one)
 
 
 # ── equations ──
@@ -192,42 +186,10 @@ def test_kl_estimates():
 
 
 # ── the script ──
-WORDS = ["a", "b"]
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """An enumerable world: 6 tokens, one of them the end, at most 2 a response: 31 responses."""
-    folder = tmp_path_factory.mktemp("enumerable")
-    tokenizer = word_tokenizer(WORDS)
-    size = len(tokenizer)
-    policy = make_model("llama", size)
-    with torch.no_grad():
-        policy.lm_head.weight[[0, 2, 3]] = 0  # <pad>, <unk>, <bos>: plain words to this model
-    save(folder / "sft", policy, tokenizer)
-    save(folder / "rm", make_model("llama", size, labels=1, seed=2), tokenizer)
-    rows = [{"prompt": "a b", "completion": "a"}] * 2
-    write_jsonl(folder / "data" / "train.jsonl", rows)
-    write_jsonl(folder / "data" / "test.jsonl", rows)
-    return brain.Args(policy=str(folder / "sft"), reward_model=str(folder / "rm"),
-                      dataset=str(folder / "data"), max_prompt_tokens=8, max_response_tokens=2,
-                      prompts_per_step=2, samples_per_prompt=64, steps=250, lr=1.5e-3, warmup_steps=5,
-                      beta=2.5, eval_every=1000, eval_prompts=2, save_every=1000)
-
-
-def all_responses(args: brain.Args, policy: str):
-    """(log-probs of `policy`, rewards), [2 prompts, all responses]."""
-    args = replace(args, run_dir="")
-    run = runlog.Run(args, brain.__file__)
-    tokenizer = common.load_tokenizer("--policy", args.policy)
-    model = common.load_policy(runlog.Run(replace(args, policy=policy), brain.__file__), tokenizer)
-    reward_model = common.load_reward_model(run, model, tokenizer)
-    prompts, _ = common.load_prompts(args, tokenizer)
-    prompts = sorted(prompts, key=lambda p: p.text)
-    end, vocabulary = 1, range(len(tokenizer))
-    texts = [[end]] + [[i, j] for i in vocabulary if i != end for j in vocabulary]
-    batch = common.make_batch(prompts, [p.tokens for p in prompts], [texts, texts], model.device)
-    return common.logprobs(model, batch, 1.0).double(), common.score(reward_model, batch).double()
+    """Flags of an enumerable world of 31 responses."""
+    return brain.Args(**make_small_world(tmp_path_factory.mktemp("enumerable")) | {"beta": 2.5})
 
 
 @pytest.mark.parametrize("refresh", [0, 20])
@@ -236,14 +198,10 @@ def test_the_loop_reaches_the_posterior(world, tmp_path, refresh):
     proposal fixed or renewed."""
     args = replace(world, run_dir=str(tmp_path / "run"), refresh_every=refresh)
     brain.main(args)
-    ref, rewards = all_responses(args, args.policy)
-    torch.testing.assert_close(ref.exp().sum(1), torch.ones(2, dtype=torch.float64), atol=1e-5,
-                               rtol=0)
-    target = posterior(ref, rewards, args.beta).exp()
-    before = 0.5 * (ref.exp() - target).abs().sum(1)
-    after, _ = all_responses(args, str(tmp_path / "run" / "final"))
-    distance = 0.5 * (after.exp() - target).abs().sum(1)
-    assert before.min() > 0.15 and distance.max() < 0.02, (before, distance)
+    ref, rewards = all_responses(vars(args), args.policy)  # they sum to 1
+    target = posterior(ref, rewards, args.beta)
+    after, _ = all_responses(vars(args), str(tmp_path / "run" / "final"))
+    assert distance(ref, target) > 0.15 and distance(after, target) < 0.02
 
 
 def test_bug10_bug21_first_lines_and_learning_rate(world, tmp_path):
