@@ -4,8 +4,9 @@ P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slot
 them asking, D hidden size, V vocabulary. Log-probs: nats, fp32, at the sampling temperature.
 
 One idea shapes every signature: a prompt is held ONCE, with its N responses beside it. A row fed to
-a model is [prompt | response 1 | … | response N]; the mask lets a response see the prompt and
-itself only, and position ids restart after it. A model that gives other numbers is fed plain rows.
+a model is [prompt | response 1 | … | response w], with as many of the N as is cheapest; the mask
+lets a response see the prompt and itself only, and position ids restart after the prompt. A model
+that gives other numbers is fed plain rows.
 All randomness is a function of (seed, step, rank): a resumed run needs no random state.
 """
 
@@ -54,7 +55,7 @@ class Prompt:
 
 @dataclass
 class Batch:
-    """`batch[rows]` cuts out prompts with all their responses."""
+    """`batch[rows]` cuts out prompts with all their responses, and padding none of them needs."""
     prompts: list[Prompt]
     prompt_tokens: Tensor  # [P, L] left-padded
     prompt_mask: Tensor  # [P, L] True on prompt tokens
@@ -62,7 +63,9 @@ class Batch:
     response_mask: Tensor  # [P, N, T] True up to and including the first end token
 
     def __getitem__(self, rows: slice) -> "Batch":
-        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+        part = [getattr(self, field.name)[rows] for field in fields(self)]
+        longest = int(part[2].sum(1).max())
+        return Batch(part[0], part[1][:, -longest:], part[2][:, -longest:], *part[3:])
 
     def beside(self, other: "Batch") -> "Batch":
         """The same prompts with the responses of both batches."""
@@ -97,27 +100,42 @@ def micro_batches(count: int, size: int) -> list[slice]:
     """Slices of at most `size` prompts that cover `count` prompts; size 0 = all at once."""
     return [slice(at, at + (size or count)) for at in range(0, count, size or count)]
 
-# ── A row of a model: [prompt | response 1 | … | response N] ──────────────────────────────────────
+# ── A row of a model: [prompt | response 1 | … | response w] ──────────────────────────────────────
+def _row_width(model, prompt: int, response: float, n: int) -> int:
+    """Responses a row holds: the divisor of n whose rows cost the least.
+
+    A layer spends about 24 D² operations on a slot and 4 D on each pair of slots it attends, masked
+    or not, so a row of S slots costs S · (6 D + S) in units of 4 D. Wide rows read the prompt
+    less often, narrow ones pair fewer slots of different responses.
+    """
+    per_slot = 6 * model.config.get_text_config().hidden_size
+
+    def cost(width: int) -> float:
+        slots = prompt + width * response
+        return n / width * slots * (per_slot + slots)
+
+    return min((w for w in range(n, 0, -1) if n % w == 0), key=cost) if model.shared_rows else 1
+
 def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tensor, offset: Tensor,
              cache: Cache | None = None) -> Tensor:
-    """Last hidden states [P, Q, D] of `tokens` [P, Q], which fill the row's slots from `start`.
+    """Last hidden states [R, Q, D] of `tokens` [R, Q], which fill the slots of R rows from `start`.
 
-    Behind the prompt, slot i belongs to response `owner[i]` (1 to N) and lies `offset[i]` tokens
-    after the prompt, [S - L] both. A policy on plain rows gives its own logits [P, Q, V] instead.
+    Behind the prompt, a slot belongs to response `owner` (1 to w, 0 = to none) and lies `offset`
+    tokens after the prompt, [R, S - L] both. A policy on plain rows gives logits [R, Q, V] instead.
     """
     asking = slice(start, start + tokens.shape[1])
     in_prompt = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-    position = torch.cat([in_prompt, prompt_mask.sum(1, keepdim=True) + offset], 1)  # [P, S]
-    valid = F.pad(prompt_mask, (0, len(owner)), value=True)
-    mask = valid[:, : asking.stop].long()
+    position = torch.cat([in_prompt, prompt_mask.sum(1, keepdim=True) + offset], 1)[:, :asking.stop]
+    valid = torch.cat([prompt_mask, owner > 0], 1)[:, :asking.stop]  # [R, S]
+    mask = valid.long()
     if model.shared_rows:
-        segment = F.pad(owner, (prompt_mask.shape[1], 0))  # [S], 0 = prompt
-        behind = position[:, asking, None] - position[:, None, :]  # [P, Q, S] tokens
-        own = (segment == 0) | (segment == segment[asking, None])  # [Q, S]
+        segment = F.pad(owner, (prompt_mask.shape[1], 0))[:, :asking.stop]  # [R, S], 0 = prompt
+        behind = position[:, asking, None] - position[:, None, :]  # [R, Q, S] tokens
+        own = (segment == 0)[:, None] | (segment[:, asking, None] == segment[:, None])
         visible = (behind >= 0) & own & valid[:, None]
         mask, config = _additive(model, visible, asking), model.config.get_text_config()
         if getattr(config, "sliding_window", None):
-            # A window counts position ids, not slots: response N lies many slots off its prompt.
+            # A window counts position ids, not slots: response w lies many slots off its prompt.
             near = _additive(model, visible & (behind < config.sliding_window), asking)
             kinds = {"full_attention": mask, "sliding_attention": near}
             mask = kinds if getattr(config, "layer_types", None) else near
@@ -129,7 +147,7 @@ def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tens
         return model(**inputs).logits
 
 def _additive(model, visible: Tensor, asking: slice) -> Tensor:
-    """What to add to attention scores, [P, 1, Q, S]; slots see themselves, or padding was NaN."""
+    """What to add to attention scores, [R, 1, Q, S]; slots see themselves, or padding was NaN."""
     itself = torch.eye(visible.shape[2], dtype=torch.bool, device=visible.device)[asking]
     dtype = torch.bfloat16 if model.mixed else model.dtype
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
@@ -144,35 +162,49 @@ def _head(model, states: Tensor) -> Tensor:
             states = torch.tanh(states / cap) * cap if cap else states
     return states.float()
 
-def _response_states(model, batch: Batch, tokens: Tensor) -> Tensor:
-    """States [P, N, t + 1, …] at the prompt's last token and at `tokens` [P, N, t], the first t of
-    each response: state i is what the model knows before response token i."""
-    (count, n, t), width = tokens.shape, tokens.shape[1] if model.shared_rows else 1
-    prompt, mask = (x.repeat_interleave(n // width, 0)
-                    for x in (batch.prompt_tokens, batch.prompt_mask))
-    owner = torch.arange(1, width + 1, device=tokens.device).repeat_interleave(t)
-    offset = torch.arange(t, device=tokens.device).repeat(width)
-    row = torch.cat([prompt, tokens.reshape(len(prompt), -1)], 1)
-    states = _forward(model, row, 0, mask, owner, offset)
-    before, inside = states.split([prompt.shape[1], width * t], 1)
-    first = before[:, None, -1:].expand(-1, width, -1, -1)
-    inside = inside.reshape(len(row), width, t, first.shape[-1])
-    return torch.cat([first, inside], 2).view(count, n, t + 1, -1)
+def _read_rows(model, batch: Batch, fed: Tensor) -> tuple[Tensor, Tensor]:
+    """(states [slots, D], before [P, N, T + 1]) of the prompts and the response tokens in `fed`
+    [P, N, T], a mask: states[before[..., i]] is what the model knows before response token i.
 
-def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    The responses of a row lie one behind the other without gaps: padding costs nothing but at the
+    end of rows shorter than the longest.
+    """
+    count, n, t = fed.shape
+    width = _row_width(model, batch.prompt_tokens.shape[1], fed.sum().item() / (count * n), n)
+    prompt, prompt_mask = (x.repeat_interleave(n // width, 0)
+                           for x in (batch.prompt_tokens, batch.prompt_mask))
+    fed, tokens = fed.reshape(-1, width, t), batch.response_tokens.reshape(-1, width, t)
+    lengths, first = fed.sum(2), prompt.shape[1]
+    size, begin = first + int(lengths.sum(1).max()), first + lengths.cumsum(1) - lengths  # [R, w]
+    offset, owner, row = (torch.arange(x, device=fed.device) for x in (t + 1, width, len(prompt)))
+    before = torch.where(offset > 0, begin[..., None] + offset - 1, first - 1)  # [R, w, T + 1]
+    before += size * row[:, None, None]
+    parts = (tokens, (owner + 1)[:, None].expand_as(fed), offset[:-1].expand_as(fed))
+    rows = torch.zeros(3, len(prompt), size, dtype=torch.long, device=fed.device)
+    rows.view(3, -1)[:, before[..., 1:][fed]] = torch.stack([part[fed] for part in parts])
+    rows[0, :, :first] = prompt
+    states = _forward(model, rows[0], 0, prompt_mask, *rows[1:, :, first:])
+    return states.flatten(0, 1), before.view(count, n, t + 1)
+
+def logprobs_and_entropy(model, batch: Batch, temperature: float,
+                         with_entropy: bool = True) -> tuple[Tensor, Tensor]:
     """Sums over each response's tokens, [P, N] each, in nats: its log-prob (with gradient), and the
-    entropies of the next-token distributions it passed through (without).
+    entropies of the next-token distributions it passed through (without; 0 if not asked for).
 
     The end token counts once, nothing after it counts. The vocabulary head runs on response tokens
     only, in chunks whose logits are computed again in the backward pass and never held together.
     """
     mask, targets = batch.response_mask, batch.response_tokens[batch.response_mask]  # [tokens]
-    states = _response_states(model, batch, batch.response_tokens[..., :-1])[mask]  # [tokens, D]
+    states, before = _read_rows(model, batch, F.pad(mask[..., 1:], (0, 1)))  # all but the last
+    states = states[before[..., :-1][mask]]  # [tokens, D]
 
     def read(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = F.log_softmax(_head(model, states) / temperature, dim=-1)
-        with torch.no_grad():
-            entropy = torch.special.entr(logprobs.exp()).sum(-1)
+        logits = _head(model, states)
+        logprobs = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+        entropy = torch.zeros_like(logprobs[:, 0])
+        if with_entropy:
+            finite = logprobs.detach().clamp(min=torch.finfo(torch.float32).min)  # 0 · log 0 = 0
+            entropy = -torch.linalg.vecdot(finite.exp(), finite)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
@@ -187,7 +219,19 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tenso
 def logprobs(model, batch: Batch, temperature: float, micro_batch: int = 0) -> Tensor:
     """Log-probs [P, N] of responses in nats, without gradient, `micro_batch` prompts a pass."""
     slices = micro_batches(len(batch.prompts), micro_batch)
-    return torch.cat([logprobs_and_entropy(model, batch[s], temperature)[0] for s in slices])
+    return torch.cat([logprobs_and_entropy(model, batch[s], temperature, False)[0] for s in slices])
+
+class _GrowingLayer(StaticLayer):
+    """A layer's keys and values in memory taken once; attention sees the filled slots, as a view:
+    nothing is copied when a token is added."""
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.filled = 0
+        new = slice(self.filled, self.filled + keys.shape[2])
+        self.keys[:, :, new], self.values[:, :, new], self.filled = keys, values, new.stop
+        return self.keys[:, :, : new.stop], self.values[:, :, : new.stop]
 
 @torch.no_grad()
 def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: float,
@@ -195,16 +239,17 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
     """Draws n responses a prompt from softmax(logits / temperature) and nothing else: no top-k, no
     top-p, no penalty, whatever the checkpoint's generation defaults say.
 
-    The prompt is computed once; each step then feeds one token of each of the n responses as n
-    queries of the prompt's own row. Returns the batch and, [P, N, T], the log-probs of its tokens
-    as they were drawn (0 after the end).
+    The prompt is computed once a row; each step then feeds one token of each of the row's responses
+    as queries of that row. Returns the batch and, [P, N, T], the log-probs of its tokens as they
+    were drawn (0 after the end).
     """
-    device, width = model.device, n if model.shared_rows else 1
+    device = model.device
     prompt, prompt_mask = pad([prompt.tokens for prompt in prompts], "left", device)
+    width = _row_width(model, prompt.shape[1], max_tokens / 2, n)  # a row fills up as it goes
     row, mask = (x.repeat_interleave(n // width, 0) for x in (prompt, prompt_mask))
-    owner = torch.arange(1, width + 1, device=device).repeat(max_tokens)
-    offset = torch.arange(max_tokens, device=device).repeat_interleave(width)
-    layer = partial(StaticLayer, row.shape[1] + len(owner))
+    owner = torch.arange(1, width + 1, device=device).repeat(len(row), max_tokens)
+    offset = torch.arange(max_tokens, device=device).repeat_interleave(width).expand_as(owner)
+    layer = partial(_GrowingLayer, row.shape[1] + owner.shape[1])
     cache = (Cache(layer_class_to_replicate=layer) if model.shared_rows
              else DynamicCache(config=model.config))
     generator = torch.Generator(device).manual_seed(seed)
@@ -212,12 +257,15 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
     alive, steps = torch.ones(len(row), width, dtype=torch.bool, device=device), []
     states = _forward(model, row, 0, mask, owner, offset, cache)[:, -1:]
     for t in range(max_tokens):
+        # [R, Q, V]; behind the prompt Q = 1 distribution serves all w responses, later Q = w.
         token_logprobs = F.log_softmax(_head(model, states) / temperature, dim=-1)
-        token_logprobs = token_logprobs.expand(-1, width, -1)  # [P, N, V], also behind the prompt
-        # Gumbel-max: the argmax of log p - log(an Exp(1) draw) is an exact draw from p.
-        noise = torch.empty(token_logprobs.shape, device=device).exponential_(generator=generator)
-        token = (token_logprobs - noise.log()).argmax(-1)  # [P, N]
-        drawn = token_logprobs.gather(-1, token[..., None])[..., 0]
+        # Inverse transform sampling: the first token whose cumulative probability passes u.
+        cumulative = token_logprobs.exp().cumsum(-1, dtype=torch.float64)
+        u = torch.rand(len(row), width, dtype=torch.float64, device=device, generator=generator)
+        u = u.view(len(row), states.shape[1], -1) * cumulative[..., -1:]
+        token = torch.searchsorted(cumulative, u, right=True)
+        drawn = token_logprobs.gather(-1, token).view_as(alive)
+        token = token.view_as(alive)
         steps.append((token.where(alive, 0), alive, drawn.where(alive, 0.0)))
         alive = alive & ~torch.isin(token, end)
         # Asking a GPU whether all have ended stalls it: ask at every eighth token.
@@ -276,9 +324,9 @@ def _read_scores(model, batch: Batch) -> Tensor:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     require(longest <= limit, f"--reward-model: its context of {limit} tokens is shorter than a "
             f"prompt and response of {longest}; lower --max-prompt-tokens or --max-response-tokens")
-    states = _response_states(model, batch, batch.response_tokens)  # [P, N, T + 1, D]
-    last = batch.response_mask.sum(2)[..., None, None].expand(-1, -1, 1, states.shape[-1])
-    return model.score(states.gather(2, last)[:, :, 0].float())[..., 0]
+    states, before = _read_rows(model, batch, batch.response_mask)
+    last = before.gather(2, batch.response_mask.sum(2, keepdim=True))[..., 0]  # [P, N]
+    return model.score(states[last].float())[..., 0]
 
 @torch.no_grad()
 def score(judge: RewardModel, batch: Batch, micro_batch: int = 0) -> Tensor:
@@ -333,8 +381,8 @@ def _choose_rows(flag: str, name: str, model) -> None:
     allowed = 1e-3 if model.dtype == torch.float32 and not model.mixed else 0.25
     for model.shared_rows in (True, False):
         try:
-            states = _response_states(model, batch, batch.response_tokens).flatten(0, 1)
-            states = states[torch.arange(4), batch.response_mask.sum(2).flatten()]
+            states, before = _read_rows(model, batch, batch.response_mask)
+            states = states[before.gather(2, batch.response_mask.sum(2, keepdim=True)).flatten()]
             ours = model.score(states)[:, 0] if hasattr(model, "score") else _head(model, states)
             if (gap := (ours - torch.stack(own)).abs().max()) < allowed:
                 return
@@ -478,7 +526,7 @@ def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
     """(metrics, samples): one response to each held-out prompt, drawn with the same noise at every
     evaluation, against the data set's own completion. eval/kl is the policy's KL from `ref`."""
     args, mine, totals, samples = run.args, prompts[run.rank :: run.world], [], []
-    for rows in micro_batches(len(mine), 2 * args.prompts_per_step // run.world):
+    for rows in micro_batches(len(mine), 4 * args.prompts_per_step // run.world):
         part = mine[rows]
         batch, _ = sample(policy, part, 1, args.max_response_tokens, args.temperature,
                           seed_of(args.seed, "evaluate", run.rank, rows.start))

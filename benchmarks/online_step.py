@@ -1,0 +1,187 @@
+"""An online step side by side: brain.py's against TRL's GRPOTrainer and OnlineDPOTrainer.
+
+    python -m benchmarks.online_step [--peer grpo] [--repeats 5]
+
+A step draws N responses for each of 2 prompts, scores them with a reward model, reads their
+log-probs from the reference and takes one update; brain.py also reads those of its proposal.
+N = 8 against GRPOTrainer, N = 2, which is all it has, against the experimental OnlineDPOTrainer;
+both generate with transformers. Same model, prompts, lengths and precision, one process: TRL runs
+in its own training loop, and a callback takes one of our steps after each of TRL's. Peak memory is
+that of a fresh process for each side, without imports. Adds a line a shape to
+benchmarks/results/online_step.jsonl.
+"""
+
+import copy
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import datasets
+import torch
+import transformers
+import tyro
+
+import brain
+import common
+from benchmarks import side_by_side
+from benchmarks.side_by_side import VOCABULARY, make_model, make_tokenizer
+
+PROMPTS, BETA = 2, 0.1
+PHASES = ("sample", "score", "log-probs", "update")
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+
+@dataclass
+class Args:
+    shapes: list[tuple[int, int]] = field(
+        default_factory=lambda: [(256, 48), (512, 53), (64, 256)])
+    """(prompt, response) lengths in tokens"""
+    peer: Literal["grpo", "online_dpo"] = "grpo"
+    """trainer of TRL's"""
+    repeats: int = 5
+    """turns of each side, after one that does not count"""
+    memory_of: str = ""
+    """print the peak memory of one side (ours or trl) on the first shape, in MiB, and end"""
+
+
+def make_prompts(length: int, count: int) -> list[list[int]]:
+    """Token lists of prompts."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(2, VOCABULARY, (count, length), generator=draw).tolist()
+
+
+def our_step(prompt: int, response: int, n: int, count: int = PROMPTS, **shape):
+    """A function that takes one step of brain.py's and returns the seconds of its phases."""
+    policy, tokenizer = make_model(**shape), make_tokenizer()
+    ref, proposal = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
+    judge = common.RewardModel(make_model(transformers.LlamaForSequenceClassification, **shape),
+                               tokenizer, policy, tokenizer, False)
+    judge.model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
+    prompts = [common.Prompt("", ids) for ids in make_prompts(prompt, count)]
+    seeds = iter(range(10**6))
+
+    def step() -> dict[str, float]:
+        clock = [time.perf_counter()]
+        batch, _ = common.sample(proposal, prompts, n, response, 1.0, next(seeds))
+        clock.append(time.perf_counter())
+        rewards = common.score(judge, batch)
+        clock.append(time.perf_counter())
+        ref_logprobs = common.logprobs(ref, batch, 1.0)
+        proposal_logprobs = common.logprobs(proposal, batch, 1.0)
+        clock.append(time.perf_counter())
+        alpha = brain.posterior_weights(ref_logprobs, rewards, proposal_logprobs, BETA)
+        logprobs, _ = common.logprobs_and_entropy(policy, batch, 1.0)
+        loss = brain.brain_loss(logprobs, proposal_logprobs, alpha).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.append(time.perf_counter())
+        return {phase: end - begin for phase, begin, end in zip(PHASES, clock, clock[1:])}
+    return step
+
+
+def make_trainer(peer: str, prompt: int, response: int, n: int, steps: int):
+    """TRL's trainer on the same models and as many prompts as `steps` need."""
+    tokenizer = make_tokenizer()
+    texts = [" ".join(map(str, ids)) for ids in make_prompts(prompt, PROMPTS)] * steps
+    folder = tempfile.mkdtemp()
+    make_model().save_pretrained(folder)  # GRPOTrainer loads its reference by name
+    policy = transformers.LlamaForCausalLM.from_pretrained(folder)
+    settings = dict(output_dir=folder, report_to=[], use_cpu=True, bf16=False, beta=BETA,
+                    gradient_checkpointing=False, learning_rate=1e-6, max_grad_norm=1.0,
+                    max_steps=steps, save_strategy="no", logging_steps=10**6, temperature=1.0,
+                    optim="adamw_torch_fused", disable_tqdm=True, shuffle_dataset=False)
+    judge = make_model(transformers.LlamaForSequenceClassification)
+    models = dict(model=policy, reward_funcs=[judge], reward_processing_classes=[tokenizer],
+                  processing_class=tokenizer,
+                  train_dataset=datasets.Dataset.from_dict({"prompt": texts}))
+    if peer == "grpo":
+        from trl import GRPOConfig, GRPOTrainer
+
+        return GRPOTrainer(**models, args=GRPOConfig(
+            per_device_train_batch_size=PROMPTS * n, num_generations=n, steps_per_generation=1,
+            max_completion_length=response, **settings))
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    settings.pop("shuffle_dataset")
+    return OnlineDPOTrainer(**models, ref_model=make_model(), args=OnlineDPOConfig(
+        per_device_train_batch_size=PROMPTS, max_new_tokens=response,
+        max_length=prompt + response, **settings))
+
+
+class Turns(transformers.TrainerCallback):
+    """Times TRL's steps and their phases, and takes and times one of ours after each."""
+
+    def __init__(self, step):
+        self.step, self.times, self.phases = step, {"ours": [], "trl": []}, {"ours": [], "trl": []}
+
+    def watch(self, trainer) -> None:
+        """Adds up the seconds in TRL's generation, rewards and log-probs without gradient."""
+        def timed(owner, name: str, phase: str) -> None:
+            inner = getattr(owner, name)
+
+            def outer(*args, **kwargs):
+                begin = time.perf_counter()
+                result = inner(*args, **kwargs)
+                if phase != "log-probs" or not torch.is_grad_enabled():
+                    self.spent[phase] += time.perf_counter() - begin
+                return result
+            setattr(owner, name, outer)
+
+        timed(trainer.model, "generate", "sample")
+        for name, phase in (("_calculate_rewards", "score"), ("_forward", "log-probs"),
+                            ("_calculate_rewards_from_functions", "score"),
+                            ("_get_per_token_logps_and_entropies", "log-probs")):
+            if hasattr(trainer, name):
+                timed(trainer, name, phase)
+
+    def on_step_begin(self, *args, **kwargs):
+        """Starts the clock."""
+        self.begin, self.spent = time.perf_counter(), dict.fromkeys(PHASES, 0.0)
+
+    def on_step_end(self, *args, **kwargs):
+        """Stops it, and takes our turn."""
+        end = time.perf_counter()
+        self.times["trl"].append(end - self.begin)
+        self.spent["update"] = end - self.begin - sum(self.spent.values())
+        self.phases["trl"].append(self.spent)
+        self.phases["ours"].append(self.step())
+        self.times["ours"].append(time.perf_counter() - end)
+
+
+def main(args: Args) -> None:
+    """Measures all shapes."""
+    import trl  # noqa: F401 - both sides start from the same imports
+
+    n = 8 if args.peer == "grpo" else 2
+    if args.memory_of:
+        side, _, peer = args.memory_of.partition(" ")
+        n, shape = (8 if peer == "grpo" else 2), args.shapes[0]
+        make = (partial(our_step, *shape, n) if side == "ours" else
+                lambda: partial(make_trainer(peer, *shape, n, steps=1).train))
+        print(side_by_side.peak_memory(make))
+        return
+    for shape in args.shapes:
+        turns = Turns(our_step(*shape, n))
+        trainer = make_trainer(args.peer, *shape, n, args.repeats + 1)
+        turns.watch(trainer)
+        trainer.add_callback(turns)
+        trainer.train()
+        times = {name: values[1:] for name, values in turns.times.items()}
+        phases = {f"{name}_{phase}_s": round(statistics.median(x[phase] for x in steps[1:]), 3)
+                  for name, steps in turns.phases.items() for phase in PHASES}
+        memory = {name: side_by_side.memory_of("benchmarks.online_step", f"{name} {args.peer}",
+                                               shape) for name in times}
+        side_by_side.add("online_step", {"peer": args.peer, "prompt": shape[0],
+                                         "response": shape[1], "prompts": PROMPTS, "samples": n}
+                         | side_by_side.summary(times, memory) | phases)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
