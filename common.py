@@ -262,8 +262,8 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
         # Inverse transform sampling: the first token whose cumulative probability passes u.
         cumulative = token_logprobs.exp().cumsum(-1, dtype=torch.float64)
         u = torch.rand(len(row), width, dtype=torch.float64, device=device, generator=generator)
-        u = u.view(len(row), states.shape[1], -1) * cumulative[..., -1:]
-        token = torch.searchsorted(cumulative, u, right=True)
+        u = u.view(len(row), states.shape[1], -1) * (1 - 2**-52)  # the product stays below the sum
+        token = torch.searchsorted(cumulative, u * cumulative[..., -1:], right=True)
         drawn = token_logprobs.gather(-1, token).view_as(alive)
         token = token.view_as(alive)
         steps.append((token.where(alive, 0), alive, drawn.where(alive, 0.0)))

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE, SCRIPTS = "tests/test_core.py", "tests/test_scripts.py"
+CORE, SCRIPTS, PERFORMANCE = (f"tests/test_{name}.py" for name in ("core", "scripts", "performance"))
 BRAIN, GDC, DPO, WIND, BOND = (f"tests/test_method_{name}.py"
                                for name in ("brain", "gdc", "dpo", "wind", "bond"))
 RESUME = "tests/test_siblings.py::test_every_variant_runs_resumes_and_splits[{}]"
@@ -113,8 +113,8 @@ MUTANTS = [
     # common.py
     ("common.py", "prompt_mask.sum(1, keepdim=True) + offset", "prompt_mask.shape[1] + 0 * "
      "prompt_mask.sum(1, keepdim=True) + offset", CORE, "bug02 and gpt2"),
-    ("common.py", "(segment == 0) | (segment == segment[asking, None])", "segment >= 0", CORE,
-     "bug01 and llama"),
+    ("common.py", "(segment == 0)[:, None] | (segment[:, asking, None] == segment[:, None])",
+     "(segment >= 0)[:, None]", CORE, "bug01 and llama"),
     ("common.py", "& own & valid[:, None]", "& own", CORE, "bug05"),
     ("common.py", "(behind >= 0) &", "(behind >= -1) &", CORE, "bug01 and llama"),
     ("common.py", "(behind >= 0) &", "", CORE, "bug01 and llama"),
@@ -124,20 +124,29 @@ MUTANTS = [
      '{"full_attention": mask, "sliding_attention": mask}', CORE, "bug01 and gemma2"),
     ("common.py", "torch.tanh(states / cap) * cap if cap else states", "states", CORE,
      "bug01 and gemma2"),
-    ("common.py", "_head(model, states) / temperature, dim=-1)\n        with", "_head(model, states), "
-     "dim=-1)\n        with", CORE, "bug01 and llama"),
-    ("common.py", "batch.response_tokens[..., :-1])[mask]", "batch.response_tokens[..., 1:])[mask]",
-     CORE, "bug01 and llama"),
-    ("common.py", "torch.special.entr(logprobs.exp())", "-torch.special.entr(logprobs.exp())", CORE,
+    ("common.py", "logits if temperature == 1 else logits / temperature", "logits", CORE,
      "bug01 and llama"),
-    ("common.py", "_head(model, states) / temperature, dim=-1)\n        token", "_head(model, states), "
-     "dim=-1)\n        token", CORE, "bug07 or bug08"),
-    ("common.py", "(token_logprobs - noise.log())", "(token_logprobs + noise.log())", CORE, "bug07"),
+    ("common.py", "states[before[..., :-1][mask]]", "states[before[..., 1:][mask]]", CORE,
+     "bug01 and llama"),
+    ("common.py", "F.pad(mask[..., 1:], (0, 1)))", "mask)", PERFORMANCE, "no_slot"),
+    ("common.py", "entropy = -torch.linalg", "entropy = torch.linalg", CORE, "bug01 and llama"),
+    ("common.py", "lengths.cumsum(1) - lengths", "lengths.cumsum(1)", CORE, "bug01 and llama"),
+    ("common.py", "offset[:-1].expand_as", "offset[1:].expand_as", CORE, "bug01 and llama"),
+    ("common.py", "n / width * slots", "n * slots", PERFORMANCE, "cheapest"),
+    ("common.py", "return self.keys[:, :, : new.stop]", "return self.keys", PERFORMANCE, "growing"),
+    ("common.py", "_head(model, states) / temperature, dim=-1)", "_head(model, states), dim=-1)", CORE,
+     "bug07 or bug08"),
+    ("common.py", "cumulative = token_logprobs.exp()", "cumulative = (-token_logprobs).exp()", CORE,
+     "bug07"),
+    ("common.py", "u * cumulative[..., -1:], right=True", "u * cumulative[..., -1:]", PERFORMANCE,
+     "a_draw_is"),
+    ("common.py", " * (1 - 2**-52)", "", PERFORMANCE, "a_draw_is"),
+    ("common.py", "part[1][:, -longest:]", "part[1]", PERFORMANCE, "a_part_of_a_batch"),
     ("common.py", "alive & ~torch.isin(token, end)", "alive & (token != end[0])", CORE, "bug04"),
     ("common.py", "row.shape[1] + t * width", "row.shape[1]", CORE, "bug08 and llama"),
     ("common.py", "drawn.where(alive, 0.0)", "drawn", CORE, "bug08 and llama"),
-    ("common.py", "last = batch.response_mask.sum(2)[..., None, None]",
-     "last = (batch.response_mask.sum(2) - 1)[..., None, None]", CORE, "bug12 and llama"),
+    ("common.py", "batch.response_mask.sum(2, keepdim=True))[..., 0]  # [P, N]",
+     "batch.response_mask.sum(2, keepdim=True) - 1)[..., 0]", CORE, "bug12 and llama"),
     ("common.py", 'tokenizer(text, add_special_tokens=False)["input_ids"]\n    tokens',
      'tokenizer(text)["input_ids"]\n    tokens', SCRIPTS, "bug16"),
     ("common.py", "* judge.add_end", "", CORE, "bug13"),

@@ -1,0 +1,177 @@
+"""The fast paths give the plain paths' numbers, do only the work they claim, and are timed right."""
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import ARCHITECTURES, make_model, make_prompts, make_world
+from transformers.cache_utils import Cache, StaticLayer
+
+import bond
+import brain
+import common
+import dpo
+import gdc
+import wind
+
+SCRIPTS = {"brain": brain, "gdc": gdc, "dpo": dpo, "wind": wind, "bond": bond}
+PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [
+    [[2, 3, 4, 5, 1], [6, 1], [7, 8, 9, 1], [3, 2, 2, 2, 2, 1]],
+    [[4, 1], [5, 6, 7, 1], [8, 9, 10, 11, 12, 13, 1], [2, 2, 1]]]
+
+
+def ragged() -> common.Batch:
+    """Two prompts, four responses each of 2 to 7 tokens."""
+    return common.make_batch(make_prompts(*PROMPTS), PROMPTS, RESPONSES, torch.device("cpu"))
+
+
+def set_width(monkeypatch, width: int) -> None:
+    """Rows of `width` responses whatever they cost."""
+    monkeypatch.setattr(common, "_row_width", lambda *_: width)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_of_every_width_give_the_numbers_of_plain_rows(architecture, monkeypatch):
+    """Log-probs, entropies, gradients, rewards and, from equal draws, samples."""
+    model, judge = make_model(architecture), make_model(architecture, labels=1)
+    prompts = make_prompts(*PROMPTS)
+    found = []
+    for shared, width in ((False, 1), (True, 1), (True, 2), (True, 4)):
+        model.shared_rows = judge.shared_rows = shared
+        set_width(monkeypatch, width)
+        logprobs, entropy = common.logprobs_and_entropy(model, ragged(), 0.7)
+        model.zero_grad()
+        logprobs[0, 1:].sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        drawn, values = common.sample(model, prompts, 4, 6, 0.7, seed=3)
+        with torch.no_grad():
+            judge.shared_rows = True  # a classifier has states, whatever its rows
+            rewards = common._read_scores(judge, ragged())
+        found.append((logprobs, entropy, gradient, drawn.response_tokens, values, rewards))
+    for name, *values in zip(("log-probs", "entropy", "gradient", "tokens", "drawn", "rewards"),
+                             *found):
+        for value in values[1:]:
+            torch.testing.assert_close(value, values[0], atol=2e-5, rtol=2e-4, msg=name)
+
+
+def test_no_slot_of_a_row_is_padding_but_at_the_end_of_the_shorter_rows(monkeypatch):
+    """Rows are as long as prompt and responses of the fullest row, the last tokens left out."""
+    model, seen = make_model("llama"), []
+    inner = model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda **inputs: (
+        seen.append(inputs["input_ids"]), inner(**inputs))[1])
+    set_width(monkeypatch, 4)
+    common.logprobs(model, ragged(), 1.0)
+    fed = [sum(len(response) - 1 for response in group) for group in RESPONSES]
+    assert seen[0].shape == (2, 4 + max(fed))
+    assert seen[0][0].tolist() == PROMPTS[0] + [
+        token for response in RESPONSES[0] for token in response[:-1]]
+
+
+def test_a_part_of_a_batch_leaves_out_padding_that_none_of_it_needs():
+    batch = ragged()
+    assert batch[1:2].prompt_tokens.tolist() == [PROMPTS[1]]
+    assert batch[0:2].prompt_tokens.tolist() == [PROMPTS[0], [0, 0, *PROMPTS[1]]]
+
+
+def test_rows_are_as_wide_as_is_cheapest():
+    """Long prompts with short responses share a row, long responses to a short prompt do not; of
+    all divisors of n, none costs less by the rule of `_row_width` written out."""
+    model = make_model("llama", hidden_size=256, num_attention_heads=4)
+    assert common._row_width(model, 512, 53, 8) == 8
+    assert common._row_width(model, 64, 512, 2) == 1
+    for prompt, response, n in itertools.product((16, 128, 1024), (8, 64, 512), (1, 6, 8)):
+        costs = {}
+        for width in (w for w in range(1, n + 1) if n % w == 0):
+            slots = prompt + width * response
+            layer = slots * 24 * 256**2 + slots**2 * 4 * 256
+            costs[width] = n // width * layer
+        assert costs[common._row_width(model, prompt, response, n)] == min(costs.values())
+    model.shared_rows = False
+    assert common._row_width(model, 512, 53, 8) == 1
+
+
+def test_the_growing_cache_holds_what_a_static_one_holds_and_copies_nothing():
+    torch.manual_seed(0)
+    growing = Cache(layer_class_to_replicate=lambda: common._GrowingLayer(9))
+    static = Cache(layer_class_to_replicate=lambda: StaticLayer(9))
+    places = set()
+    for size, filled in ((4, 4), (2, 6), (2, 8)):
+        keys, values = torch.randn(2, 1, 3, size, 5)
+        ours, theirs = (cache.update(keys, values, 0) for cache in (growing, static))
+        for mine, other in zip(ours, theirs):
+            assert mine.shape[2] == filled
+            assert torch.equal(mine, other[:, :, :filled])
+        places.add(ours[0].data_ptr())
+    assert len(places) == 1
+
+
+def test_a_draw_is_the_first_token_whose_cumulative_probability_passes_u(monkeypatch):
+    """Tokens of probability 0 are never drawn, even if u is 0 or as near to 1 as numbers go."""
+    model = make_model("llama", vocab_size=6)
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, 0.0, -torch.inf])
+    monkeypatch.setattr(common, "_head", lambda model, states: logits.expand(*states.shape[:2], 6))
+    law = logits.softmax(0).double()
+    for u in (0.0, 0.1, 0.2, 0.25, 0.5, 0.7, 0.8, 1 - 2**-53):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full(shape, u).double())
+        batch, drawn = common.sample(model, make_prompts([2, 3]), 1, 1, 1.0, seed=0)
+        token = batch.response_tokens.item()
+        assert law[:token].sum() <= u < law[: token + 1].sum() + 1e-7
+        assert law[token] > 0
+        assert drawn.item() == pytest.approx(law[token].log().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_phase_times_and_tokens_a_second_are_those_of_the_wall_clock(script, tmp_path, monkeypatch):
+    """Slow fakes add known seconds to each phase; log and wall clock must agree."""
+    slow = {"sample": 0.20, "score": 0.10, "logprobs_and_entropy": 0.15}
+    calls, tokens = dict.fromkeys(slow, 0), []
+
+    def slowed(name: str):
+        inner = getattr(common, name)
+
+        def outer(*args, **kwargs):
+            if name != "logprobs_and_entropy" or torch.is_grad_enabled():
+                time.sleep(slow[name])
+                calls[name] += 1
+            return inner(*args, **kwargs)
+        monkeypatch.setattr(common, name, outer)
+
+    module = SCRIPTS[script]
+    world = make_world(tmp_path)
+    args = module.Args(policy=world.policy, reward_model=world.reward_model, dataset=world.dataset,
+                       prompts_per_step=2, samples_per_prompt=4, max_prompt_tokens=8,
+                       max_response_tokens=6, steps=1, eval_every=9, eval_prompts=2,
+                       run_dir=str(tmp_path / "run"))
+    if script == "gdc":
+        args.check_every = 9
+    monkeypatch.setattr(common, "evaluate", lambda *_: ({"eval/reward": 0.0}, []))
+    monkeypatch.setattr(common, "score_references", lambda judge, prompts, size: prompts)
+    monkeypatch.setattr("runlog.show_samples", lambda folder: None)
+    for name in slow:
+        slowed(name)
+    begin = []
+    monkeypatch.setattr(common, "pick", lambda *args, pick=common.pick: (
+        pick(*args), begin.append(time.perf_counter()))[0])
+    ended = common.ended
+    monkeypatch.setattr(common, "ended", lambda policy, batch: (
+        tokens.append(int(batch.response_mask.sum())), ended(policy, batch))[1])
+    original = module.runlog.Run.log
+
+    def log(run, step, metrics, samples=()):
+        if step:
+            begin.append(time.perf_counter())
+        original(run, step, metrics, samples)
+    monkeypatch.setattr(module.runlog.Run, "log", log)
+    module.main(args)
+    line = json.loads(Path(args.run_dir, "metrics.jsonl").read_text().splitlines()[-1])
+    times = [line[f"time/{phase}_s"] for phase in ("sample", "score", "update")]
+    least = [calls["sample"] * slow["sample"], slow["score"], slow["logprobs_and_entropy"]]
+    for spent, floor in zip(times, least):
+        assert floor <= spent < floor + 0.35
+    wall = begin[1] - begin[0]
+    assert wall - 0.1 < sum(times) <= wall
+    assert line["tokens_per_s"] == pytest.approx(tokens[-1] / sum(times), rel=1e-3)
