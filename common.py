@@ -13,7 +13,7 @@ import os
 import random
 import sys
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import takewhile
 from pathlib import Path
 
@@ -39,6 +39,17 @@ def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
     for prompt, ok in zip(batch.prompts, values.isfinite().view(len(values), -1).all(1).tolist()):
         require(ok, f"{what} is NaN or infinite for the prompt {prompt.text!r}; checkpoint is kept")
+
+def through(way: str):
+    """Decorates function(model, …): a model that `Run.shard` spread over processes runs it in this
+    `way`, "blockwise" or on "whole" weights; a model on one process simply runs it."""
+    def decorate(function):
+        def run(model, *inputs, **options):
+            spread = getattr(model, way, None)
+            return (spread(function, *inputs, **options) if spread else
+                    function(model, *inputs, **options))
+        return wraps(function)(run)
+    return decorate
 
 # ── A batch: P prompts, each held once, N responses beside each ───────────────────────────────────
 @dataclass(frozen=True)
@@ -159,6 +170,7 @@ def _response_states(model, batch: Batch, tokens: Tensor) -> Tensor:
     inside = inside.reshape(len(row), width, t, first.shape[-1])
     return torch.cat([first, inside], 2).view(count, n, t + 1, -1)
 
+@through("blockwise")
 def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Sums over each response's tokens, [P, N] each, in nats: its log-prob (with gradient), and the
     entropies of the next-token distributions it passed through (without).
@@ -189,6 +201,7 @@ def logprobs(model, batch: Batch, temperature: float, micro_batch: int = 0) -> T
     slices = micro_batches(len(batch.prompts), micro_batch)
     return torch.cat([logprobs_and_entropy(model, batch[s], temperature)[0] for s in slices])
 
+@through("whole")
 @torch.no_grad()
 def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: float,
            seed: int) -> tuple[Batch, Tensor]:
@@ -270,6 +283,7 @@ def read_as(judge: RewardModel, batch: Batch) -> Batch:
         response_ids.append([i + closing * bool(end) for i, end in zip(ids, ends)])
     return make_batch(batch.prompts, prompt_ids, response_ids, judge.model.device)
 
+@through("blockwise")
 def _read_scores(model, batch: Batch) -> Tensor:
     """Rewards [P, N] in fp32, read at each response's last token, even if it is the pad token."""
     longest = int((batch.prompt_mask.sum(1) + batch.response_mask.sum(2).amax(1)).max())
@@ -361,7 +375,7 @@ def load_policy(run, tokenizer):
     policy.generation_config = transformers.GenerationConfig(  # final/ samples as it was trained
         do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
         eos_token_id=policy.end_tokens, pad_token_id=tokenizer.pad_token_id)
-    return policy
+    return run.shard(policy)
 
 def load_reward_model(run, policy, policy_tokenizer) -> RewardModel:
     """The frozen RewardModel of --reward-model, in bfloat16 on a GPU."""
@@ -374,7 +388,7 @@ def load_reward_model(run, policy, policy_tokenizer) -> RewardModel:
     require(hasattr(model, "score"), f"{flag} {name}: a {type(model).__name__} does not score the "
             "end of a text; take a decoder's sequence classifier")
     model.requires_grad_(False).score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
-    return RewardModel(model, tokenizer, policy, policy_tokenizer, run.args.reward_eos)
+    return RewardModel(run.shard(model), tokenizer, policy, policy_tokenizer, run.args.reward_eos)
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
@@ -476,8 +490,13 @@ def score_references(judge: RewardModel, prompts: list[Prompt], size: int) -> li
 def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
              prompts: list[Prompt]) -> tuple[dict, list[dict]]:
     """(metrics, samples): one response to each held-out prompt, drawn with the same noise at every
-    evaluation, against the data set's own completion. eval/kl is the policy's KL from `ref`."""
-    args, mine, totals, samples = run.args, prompts[run.rank :: run.world], [], []
+    evaluation, against the data set's own completion. eval/kl is the policy's KL from `ref`.
+
+    Metrics are means over the prompts of all processes, samples are this one's. A process with one
+    prompt less repeats one, uncounted: a sharded model needs as many passes on each of them."""
+    args, count, totals, samples = run.args, len(prompts[run.rank :: run.world]), [], []
+    equal = len(prompts) + -len(prompts) % run.world
+    mine = (prompts * run.world)[run.rank : equal : run.world]
     for rows in micro_batches(len(mine), 2 * args.prompts_per_step // run.world):
         part = mine[rows]
         batch, _ = sample(policy, part, 1, args.max_response_tokens, args.temperature,
@@ -496,5 +515,6 @@ def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
         samples += [{"step": step, "prompt": prompt.text, "response": text, "reward": reward,
                      "reference": prompt.reference, "reference_reward": prompt.reference_reward}
                     for prompt, text, reward in zip(part, texts, values["reward"][:, 0].tolist())]
-    return {f"eval/{name}": torch.cat([x[name] for x in totals]).double().mean().item()
-            for name in totals[0]}, samples
+    sums = {name: torch.cat([x[name] for x in totals])[:count].double().sum() for name in totals[0]}
+    return {f"eval/{name}": run.average(x / (len(prompts) / run.world)).item()
+            for name, x in sums.items()}, samples[:count]
