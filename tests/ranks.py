@@ -62,7 +62,7 @@ def make_worlds(folder: Path) -> None:
 def args_of(folder: Path, name: str, run: Path, **more):
     """(script, its flags) of the run `name`; five held-out prompts are no even share of two."""
     script, world, own = RUNS[name]
-    at, flags = folder / world, {"eval_prompts": 5, "prompts_per_step": 4, "lr": 1e-3} | own | more
+    at, flags = folder / world, {"eval_prompts": 5, "prompts_per_step": 4, "lr": 1e-4} | own | more
     shared = {"policy": str(at / "sft"), "reward_model": str(at / "rm"), "dataset": str(at / "data"),
               "steps": 4, "samples_per_prompt": 4, "max_prompt_tokens": 16, "warmup_steps": 2,
               "max_response_tokens": 6, "eval_every": 2, "save_every": 2, "run_dir": str(run)}
