@@ -271,9 +271,10 @@ def main(args: Args) -> dict[str, float]:
         run.log(step, metrics, samples)
 
         # ── save ──
-        if step % args.save_every == 0 or step == args.steps or run.interrupted:
+        stop = run.stopping()
+        if step % args.save_every == 0 or step == args.steps or stop:
             run.save(step)
-        if run.interrupted:
+        if stop:
             run.stop(step)
 
     # ── finish ──

@@ -11,9 +11,8 @@ All randomness is a function of (seed, step, rank): a resumed run needs no rando
 
 import os
 import random
-import sys
 from dataclasses import dataclass, fields, replace
-from functools import partial, wraps
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -26,30 +25,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
-ROOT = Path(__file__).resolve().parent
-MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
+from runlog import load, require, through
 
-def require(condition: bool, message: str) -> None:
-    """Ends the process with one line on stderr and exit code 2 unless `condition` holds."""
-    if not condition:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(2)
+MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
 
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
     for prompt, ok in zip(batch.prompts, values.isfinite().view(len(values), -1).all(1).tolist()):
         require(ok, f"{what} is NaN or infinite for the prompt {prompt.text!r}; checkpoint is kept")
-
-def through(way: str):
-    """Decorates function(model, …): a model that `Run.shard` spread over processes runs it in this
-    `way`, "blockwise" or on "whole" weights; a model on one process simply runs it."""
-    def decorate(function):
-        def run(model, *inputs, **options):
-            spread = getattr(model, way, None)
-            return (spread(function, *inputs, **options) if spread else
-                    function(model, *inputs, **options))
-        return wraps(function)(run)
-    return decorate
 
 # ── A batch: P prompts, each held once, N responses beside each ───────────────────────────────────
 @dataclass(frozen=True)
@@ -304,16 +287,6 @@ def score(judge: RewardModel, batch: Batch, micro_batch: int = 0) -> Tensor:
     return rewards.gather(1, (tokens[:, :, None] == tokens[:, None]).all(-1).byte().argmax(2))
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
-def load(flag: str, name: str, loader, **options):
-    """`loader` on a path (from here or this file's folder) or hub name; a failure is one line."""
-    paths = [path for path in (Path(name).expanduser(), ROOT / name) if path.exists()]
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
-    require(paths or not local, f"{flag} {name}: no such file or folder")
-    try:
-        return loader(str(paths[0]) if paths else name, **options)
-    except Exception as error:  # the libraries do not document what a bad file makes them raise
-        require(False, f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
-
 def load_tokenizer(flag: str, name: str):
     """The tokenizer of a checkpoint; it needs an end token, but no pad token."""
     tokenizer = load(flag, name, transformers.AutoTokenizer.from_pretrained)
@@ -491,9 +464,8 @@ def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
              prompts: list[Prompt]) -> tuple[dict, list[dict]]:
     """(metrics, samples): one response to each held-out prompt, drawn with the same noise at every
     evaluation, against the data set's own completion. eval/kl is the policy's KL from `ref`.
-
-    Metrics are means over the prompts of all processes, samples are this one's. A process with one
-    prompt less repeats one, uncounted: a sharded model needs as many passes on each of them."""
+    Metrics are means over all processes, samples this one's. A process with a prompt less repeats
+    one, uncounted: a sharded model needs as many passes on each of them."""
     args, count, totals, samples = run.args, len(prompts[run.rank :: run.world]), [], []
     equal = len(prompts) + -len(prompts) % run.world
     mine = (prompts * run.world)[run.rank : equal : run.world]

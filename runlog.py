@@ -1,5 +1,6 @@
-"""A run: its flags, processes, folder, log, checkpoint and clock."""
+"""A run: its flags, errors, processes and shards, folder, log, checkpoint and clock."""
 
+import atexit
 import copy
 import importlib
 import json
@@ -14,6 +15,7 @@ import textwrap
 import time
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial, wraps
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,20 +25,15 @@ import torch.distributed as dist
 import transformers
 import tyro
 from torch import Tensor
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, ModuleList, Parameter
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import ROOT, load, require, through
-
+ROOT = Path(__file__).resolve().parent
 POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
             "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
             "eval_prompts", "save_every")  # flags that must be; all other numbers may be 0
@@ -48,6 +45,24 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
+
+def require(condition: bool, message: str) -> None:
+    """Ends the process with one line on stderr and exit code 2 unless `condition` holds."""
+    if not condition:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # torchrun ends this process when rank 0 has said the same and left
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
+
+def load(flag: str, name: str, loader, **options):
+    """`loader` on a path (from here or this file's folder) or hub name; a failure is one line."""
+    paths = [path for path in (Path(name).expanduser(), ROOT / name) if path.exists()]
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
+    require(paths or not local, f"{flag} {name}: no such file or folder")
+    try:
+        return loader(str(paths[0]) if paths else name, **options)
+    except Exception as error:  # the libraries do not document what a bad file makes them raise
+        require(False, f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
 
 def parse_args(args_class, argv: list[str] | None = None):
     """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
@@ -81,9 +96,10 @@ class Run:
                                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         require(args.prompts_per_step % self.world == 0, f"--prompts-per-step "
                 f"{args.prompts_per_step}: cannot be split over {self.world} processes")
-        self.joined = self.world > 1 and not dist.is_initialized()
-        if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint
+        if self.world > 1 and not dist.is_initialized():
+            # Ranks wait for the longest sampling, and for rank 0 to write a checkpoint.
             dist.init_process_group(timeout=timedelta(hours=1))
+            atexit.register(dist.destroy_process_group)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # one voice; errors, on stderr, are heard from all
         self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
@@ -111,7 +127,7 @@ class Run:
     def open(self, state: dict) -> int:
         """Makes the run folder; with --resume, restores `state` (models and optimizer by name) from
         its checkpoint. Returns the number of steps done."""
-        self.state, self.asked, self.interrupted, args = state, False, False, self.args
+        self.state, self.interrupted, args = state, False, self.args
         done = self._restore() if args.resume else 0
         if self.rank == 0:
             if not args.resume:
@@ -124,7 +140,7 @@ class Run:
         self.bar = tqdm(total=args.steps, initial=done, disable=silent)
 
         def interrupt(*_):  # the first Ctrl-C ends the run after this step, a second one at once
-            self.asked = True
+            self.interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         signal.signal(signal.SIGINT, interrupt)
@@ -167,10 +183,10 @@ class Run:
                                    and json.loads(line)["step"] <= done))
         return max(done, 0)
 
-    def _joined(self, state):
+    def _whole(self, state):
         """A state dict with whole tensors, on the CPU of rank 0, in place of shards."""
         if isinstance(state, dict):
-            return {name: self._joined(part) for name, part in state.items()}
+            return {name: self._whole(part) for name, part in state.items()}
         if isinstance(state, DTensor):
             whole = state.full_tensor()  # all processes take part, and hold one tensor at a time
             return None if self.rank else whole.cpu()
@@ -179,7 +195,7 @@ class Run:
     def save(self, step: int) -> None:
         """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
         path = self.folder / "checkpoint" / "state.pt"
-        parts = {name: self._joined(part.state_dict()) for name, part in self.state.items()}
+        parts = {name: self._whole(part.state_dict()) for name, part in self.state.items()}
         if self.rank == 0:
             path.parent.mkdir(exist_ok=True)
             with open(path.with_suffix(".new"), "wb") as file:
@@ -188,6 +204,10 @@ class Run:
             os.replace(path.with_suffix(".new"), path)
         if self.world > 1:
             dist.barrier()  # one that stops before the file is whole has torchrun kill its writer
+
+    def stopping(self) -> bool:
+        """Whether a signal asked for the end, the same answer in all processes."""
+        return bool(self.average(torch.tensor(float(self.interrupted), device=self.device)))
 
     def average(self, tensor: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
@@ -198,9 +218,8 @@ class Run:
     def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
         """Adds means over processes to metrics.jsonl and TensorBoard, samples to samples.jsonl."""
         values = [x.full_tensor() if isinstance(x, DTensor) else x for x in metrics.values()]
-        values = torch.tensor([*map(float, values), self.asked], dtype=torch.float64)
-        *values, asked = self.average(values.to(self.device)).tolist()
-        self.interrupted = asked > 0  # all processes stop after the same step
+        values = torch.tensor([*map(float, values)], dtype=torch.float64)
+        values = self.average(values.to(self.device)).tolist()
         if self.world > 1:
             dist.all_gather_object(parts := [None] * self.world, samples)
             samples = [x for row in zip_longest(*parts) for x in row if x]  # as the prompts are
@@ -234,14 +253,12 @@ class Run:
 
     def stop(self, step: int) -> None:
         """Ends an interrupted run."""
-        self._leave()
         raise SystemExit(1 if self.rank else f"stopped after step {step}; continue with: python "
                          f"{self.script.name} --resume {self.folder}")
 
     def close(self, policy, tokenizer) -> None:
         """Writes final/ and the plot; shows samples of the first and the last evaluation."""
         through("whole")(self._write_final)(policy, tokenizer)
-        self._leave()
 
     def _write_final(self, policy, tokenizer) -> None:
         if self.rank == 0:
@@ -257,10 +274,6 @@ class Run:
             show_samples(self.folder)
             print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png and final/ "
                   f"after {time.perf_counter() - self.begun:.0f} s")
-
-    def _leave(self) -> None:
-        if self.joined:
-            dist.destroy_process_group()
 
 # ── A model spread over processes ─────────────────────────────────────────────────────────────────
 def spread(model, mesh: DeviceMesh):
@@ -280,8 +293,8 @@ def spread(model, mesh: DeviceMesh):
     blocks = max(lists, key=lambda x: sum(p.numel() for p in x.parameters()), default=())
     require(len(blocks), f"a {type(model).__name__} has no list of blocks: run it on one process")
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True,
-                    mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                         mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32))
 
     def whole(function, *inputs, **options):
         for empty, part in zip(plain.parameters(), model.parameters()):
@@ -293,8 +306,17 @@ def spread(model, mesh: DeviceMesh):
                 full.data = full.new_empty(0)
 
     model.whole, model.blockwise = whole, lambda function, *inputs: function(model, *inputs)
-    register_fsdp_forward_method(model, "blockwise")
+    fsdp.register_fsdp_forward_method(model, "blockwise")
     return model
+
+def through(way: str):
+    """Decorates function(model, …): a model that is spread over processes (runlog.spread) runs it
+    in this `way`, "blockwise" or on "whole" weights; any other model just runs it."""
+    def run(function, model, *inputs, **options):
+        if hasattr(model, way):
+            return getattr(model, way)(function, *inputs, **options)
+        return function(model, *inputs, **options)
+    return lambda function: wraps(function)(partial(run, function))
 
 def around(model, weights: list[Tensor]):
     """A copy of a model around other weights: tied ones stay tied, and none is copied."""
