@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": tempfile.mkdtemp(prefix="caches-")}
@@ -108,6 +109,11 @@ class Collectives(TorchDispatchMode):
         if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
             self.counts[str(function)] = self.counts.get(str(function), 0) + 1
         return function(*args, **kwargs or {})
+
+
+def size(tensors) -> int:
+    """Bytes on this process."""
+    return sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes for x in tensors)
 
 
 def whole(tensor):
@@ -221,8 +227,8 @@ def check_sampling(folder: Path, rank: int) -> dict:
                 gap = (common.logprobs(model, batch, 1.0) - common.logprobs(plain, batch, 1.0)).abs()
                 seen[world] = {"tokens": tokens, "drawn": (drawn - same).abs().max().item(),
                                "logprobs": gap.max().item(), "counts": counts}
-        freed = all(isinstance(p, DTensor) for m in (policy, ref) for p in m.parameters())
-        seen[world]["freed"] = freed
+        seen[world]["freed"] = all(isinstance(p, DTensor) for p in policy.parameters()) and all(
+            p.numel() == 0 for p in policy.whole(lambda plain: plain).parameters())
     return seen
 
 
@@ -305,6 +311,28 @@ def check_ctrl_c(folder: Path, rank: int):
         return stop.code
 
 
+def check_memory(folder: Path, rank: int) -> dict:
+    """Bytes here of what analyze/memory.py counts, after an update; `passing`: the most that was
+    gathered at once as a block ended its forward pass."""
+    policy, _, ref = load(folder, "llama")
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, fused=True)
+    passing = []
+
+    def gathered(*_):
+        passing.append(size(p for p in policy.parameters() if not isinstance(p, DTensor)))
+
+    for block in policy.model.layers:
+        block.mlp.register_forward_hook(gathered)
+    batch, _ = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
+    common.logprobs_and_entropy(policy, batch, 1.0)[0].sum().backward()
+    optimizer.step()
+    moments = [x for s in optimizer.state.values() for n, x in s.items() if n != "step"]
+    return {"weights": size(policy.parameters()), "moments": size(moments),
+            "gradients": size(p.grad for p in policy.parameters()),
+            "reference": size(ref.parameters()), "passing": max(passing),
+            "gathered copy": policy.whole(lambda plain: size(plain.parameters()))}
+
+
 def check_log(folder: Path, rank: int) -> None:
     """Metrics that differ by rank, and samples of uneven shares."""
     args = brain.Args(run_dir=str(folder / "two log"))
@@ -317,7 +345,7 @@ def check_log(folder: Path, rank: int) -> None:
 def main(folder: Path) -> None:
     """Runs all checks; an exception is what a check saw."""
     torch.set_num_threads(1)
-    dist.init_process_group()
+    dist.init_process_group(timeout=timedelta(seconds=60))  # a deadlock ends in an error
     rank, seen = dist.get_rank(), {}
     for name, check in list(globals().items()):
         if name.startswith("check_"):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import brain
 import common
 import runlog
+from analyze import memory
 
 ROOT = Path(brain.__file__).parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -139,6 +140,20 @@ def test_proposal_and_anchor_are_sharded_too(both):
         assert runs["gdc"] == {"policy": True, "proposal": True, "running": False}
         assert runs["brain"] == runs["wind"] == {"policy": True, "proposal": True}
         assert runs["bond"] == runs["bond copy"] == {"policy": True, "anchor": True}
+
+
+def test_bytes_are_those_of_the_formula(both):
+    """analyze/memory.py on 2 GPUs; 19 rows of the vocabulary cannot be halved, hence the 1 %."""
+    model = memory.Llama(2, 32, 48, 4, 2, 8, 19)
+    batch = memory.Batch()
+    expected = memory.kept(model, 2) | memory.sampling(model, batch, 2) | memory.update(
+        model, batch, 2)
+    for seen in both:
+        ours = seen["check_memory"]
+        for name in ("weights", "moments", "gradients", "reference", "gathered copy"):
+            assert ours[name] == pytest.approx(expected[name], rel=0.01), name
+        most = 4 * (model.root + 2 * model.block)  # without the gradients
+        assert 4 * (model.root + model.block) <= ours["passing"] <= most * 1.01
 
 
 # ── sampling ──
