@@ -64,6 +64,15 @@ def load(flag: str, name: str, loader, **options):
     except Exception as error:  # the libraries do not document what a bad file makes them raise
         require(False, f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
 
+def say_lost(usual, kind, error, trace) -> None:
+    """Says in a line that another process is gone; a traceback would show where this one waited."""
+    if issubclass(kind, dist.DistError) or "gloo" in str(error):  # gloo's errors have no type
+        print(f"error: rank {os.environ['RANK']} lost another process; torchrun says below how it "
+              "ended; go on from the last checkpoint with --resume and the run folder "
+              f"({str(error)[:200]})", file=sys.stderr)
+    else:
+        usual(kind, error, trace)
+
 def parse_args(args_class, argv: list[str] | None = None):
     """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
     args, script = tyro.cli(args_class, args=argv), sys.modules[args_class.__module__].__file__
@@ -100,6 +109,7 @@ class Run:
             # Ranks wait for the longest sampling, and for rank 0 to write a checkpoint.
             dist.init_process_group(timeout=timedelta(hours=1))
             atexit.register(dist.destroy_process_group)
+            sys.excepthook = partial(say_lost, sys.excepthook)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # one voice; errors, on stderr, are heard from all
         self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")

@@ -269,6 +269,7 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path):
     assert process.returncode == 1
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9", error), error
     assert "Signal 9 (SIGKILL) received by PID" in error
+    assert "Traceback (most recent call last):\n  File \"/" not in error.split("E1")[0]
     assert not Path(f"/proc/{victims['0']}").exists()
     assert out.count("training prompts;") == 1  # rank 0 alone speaks
     before = len(read_log(log))
@@ -282,6 +283,19 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path):
     torch.save(saved, tmp_path / "run" / "checkpoint" / "state.pt")
     brain.main(runlog.parse_args(brain.Args, ["--resume", str(tmp_path / "run")]))
     assert [line["step"] for line in read_log(log)] == list(range(done + 3))
+
+
+def test_a_lost_process_is_said_in_one_line(capsys, monkeypatch):
+    """What gloo and NCCL raise when the other end is gone; any other error stays a traceback."""
+    monkeypatch.setenv("RANK", "1")
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    for error in (gone, torch.distributed.DistBackendError("NCCL communicator was aborted")):
+        runlog.say_lost(sys.excepthook, type(error), error, None)
+        said = capsys.readouterr().err
+        assert said.startswith("error: rank 1 lost another process") and said.count("\n") == 1
+        assert "--resume" in said
+    runlog.say_lost(sys.__excepthook__, ValueError, ValueError("a mistake"), None)
+    assert "ValueError: a mistake" in capsys.readouterr().err
 
 
 def test_the_command_line_ends_clean_and_an_error_is_said_once(tmp_path):
