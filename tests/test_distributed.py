@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     ranks.make_worlds(path)
     for name in ("brain", "bond"):
         ranks.stop_after(2, *ranks.args_of(path, name, path / f"one to two {name}"))
-    done = subprocess.run([*LAUNCH, "tests/ranks.py", str(path)], cwd=ROOT, text=True, timeout=240,
+    done = subprocess.run([*LAUNCH, "tests/ranks.py", str(path)], cwd=ROOT, text=True, timeout=600,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     (path / "out.txt").write_text(done.stdout)
