@@ -1,6 +1,5 @@
 """A run: its flags, errors, processes and shards, folder, log, checkpoint and clock."""
 
-import atexit
 import copy
 import importlib
 import json
@@ -105,10 +104,9 @@ class Run:
                                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         require(args.prompts_per_step % self.world == 0, f"--prompts-per-step "
                 f"{args.prompts_per_step}: cannot be split over {self.world} processes")
-        if self.world > 1 and not dist.is_initialized():
-            # Ranks wait for the longest sampling, and for rank 0 to write a checkpoint.
+        self.joined = self.world > 1 and not dist.is_initialized()
+        if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint
             dist.init_process_group(timeout=timedelta(hours=1))
-            atexit.register(dist.destroy_process_group)
             sys.excepthook = partial(say_lost, sys.excepthook)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # one voice; errors, on stderr, are heard from all
@@ -212,8 +210,8 @@ class Run:
                 torch.save({"step": step, "run": self._identity()} | parts, file)
                 os.fsync(file.fileno())
             os.replace(path.with_suffix(".new"), path)
-        if self.world > 1:
-            dist.barrier()  # one that stops before the file is whole has torchrun kill its writer
+        # Who ended before the file is whole would have torchrun kill the process that writes it.
+        self.average(torch.zeros((), device=self.device)).item()
 
     def stopping(self) -> bool:
         """Whether a signal asked for the end, the same answer in all processes."""
@@ -263,12 +261,19 @@ class Run:
 
     def stop(self, step: int) -> None:
         """Ends an interrupted run."""
+        self._leave()
         raise SystemExit(1 if self.rank else f"stopped after step {step}; continue with: python "
                          f"{self.script.name} --resume {self.folder}")
 
     def close(self, policy, tokenizer) -> None:
         """Writes final/ and the plot; shows samples of the first and the last evaluation."""
         through("whole")(self._write_final)(policy, tokenizer)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Only where all processes end: after an error, to wait for others would be to hang."""
+        if self.joined:
+            dist.destroy_process_group()
 
     def _write_final(self, policy, tokenizer) -> None:
         if self.rank == 0:

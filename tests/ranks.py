@@ -11,12 +11,10 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": tempfile.mkdtemp(prefix="caches-")}
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402

@@ -298,6 +298,16 @@ def test_a_lost_process_is_said_in_one_line(capsys, monkeypatch):
     assert "ValueError: a mistake" in capsys.readouterr().err
 
 
+def test_an_error_of_rank_1_is_said_late(capsys, monkeypatch):
+    """If rank 0 has the same one, torchrun ends rank 1 before; if not, it must be heard."""
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(runlog.time, "sleep", waited.append)
+    with pytest.raises(SystemExit):
+        runlog.require(False, "--flag: a mistake")
+    assert waited == [5] and capsys.readouterr().err == "error: --flag: a mistake\n"
+
+
 def test_the_command_line_ends_clean_and_an_error_is_said_once(tmp_path):
     """A whole run of two processes, then one with a mistake that both processes find."""
     args = make_world(tmp_path, steps=2)
