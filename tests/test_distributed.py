@@ -269,7 +269,7 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path):
     assert process.returncode == 1
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9", error), error
     assert "Signal 9 (SIGKILL) received by PID" in error
-    assert "Traceback (most recent call last):\n  File \"/" not in error.split("E1")[0]
+    assert "[rank0]:" not in error  # no traceback of the process that waited
     assert not Path(f"/proc/{victims['0']}").exists()
     assert out.count("training prompts;") == 1  # rank 0 alone speaks
     before = len(read_log(log))
