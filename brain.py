@@ -37,7 +37,6 @@ uniform β̂, so its loss is log N − entropy(α̂). A weights/ess near 1/N say
 for the spread of the rewards: one sample of N then takes all the weight.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,12 +140,12 @@ def main(args: Args) -> dict[str, float]:
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
     held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref = run.frozen_copy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
                                   fused=True)
 
     # ── models of the method ──
-    proposal = copy.deepcopy(ref) if args.refresh_every else ref
+    proposal = run.frozen_copy(ref) if args.refresh_every else ref
     done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal})
 
     # ── start ──
@@ -185,7 +184,6 @@ def main(args: Args) -> dict[str, float]:
                 common.require_finite(loss, "the loss", part)
                 (loss.sum() / len(prompts)).backward()
                 passes.append((logprobs.detach(), entropy, loss.detach()))
-            run.average([p.grad for p in policy.parameters()])
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -198,15 +196,16 @@ def main(args: Args) -> dict[str, float]:
         updated = run.clock()
         logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
         lengths = batch.response_mask.sum(-1)
+        tokens = run.average(lengths.sum().float())
         metrics = {
             "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
             **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
-            "entropy/token": entropy.sum() / lengths.sum(), "length/mean": lengths.float().mean(),
+            "entropy/token": entropy.sum() / tokens, "length/mean": lengths.float().mean(),
             "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
             "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
             "time/sample_s": sampled - started, "time/score_s": scored - sampled,
             "time/update_s": updated - scored,
-            "tokens_per_s": run.world * lengths.sum() / (updated - started),
+            "tokens_per_s": run.world * tokens / (updated - started),
             "memory/peak_gib": run.peak_memory(),
         }
 
@@ -221,11 +220,11 @@ def main(args: Args) -> dict[str, float]:
         run.log(step, metrics, samples)
 
         # ── save ──
-        if step % args.save_every == 0 or step == args.steps or run.interrupted:
+        stop = run.stopping()
+        if step % args.save_every == 0 or step == args.steps or stop:
             run.save(step)
-        if run.interrupted:
-            raise SystemExit(f"stopped after step {step}; continue with: "
-                             f"python {run.script.name} --resume {run.folder}")
+        if stop:
+            run.stop(step)
 
     # ── finish ──
     run.close(policy, tokenizer)

@@ -12,7 +12,6 @@ All randomness is a function of (seed, step, rank): a resumed run needs no rando
 
 import os
 import random
-import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import takewhile
@@ -27,14 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
-ROOT = Path(__file__).resolve().parent
-MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
+from runlog import load, require, through
 
-def require(condition: bool, message: str) -> None:
-    """Ends the process with one line on stderr and exit code 2 unless `condition` holds."""
-    if not condition:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(2)
+MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
 
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
@@ -186,6 +180,7 @@ def _read_rows(model, batch: Batch, fed: Tensor) -> tuple[Tensor, Tensor]:
     states = _forward(model, rows[0], 0, prompt_mask, *rows[1:, :, first:])
     return states.flatten(0, 1), before.view(count, n, t + 1)
 
+@through("blockwise")
 def logprobs_and_entropy(model, batch: Batch, temperature: float,
                          with_entropy: bool = True) -> tuple[Tensor, Tensor]:
     """Sums over each response's tokens, [P, N] each, in nats: its log-prob (with gradient), and the
@@ -233,6 +228,7 @@ class _GrowingLayer(StaticLayer):
         self.keys[:, :, new], self.values[:, :, new], self.filled = keys, values, new.stop
         return self.keys[:, :, : new.stop], self.values[:, :, : new.stop]
 
+@through("whole")
 @torch.no_grad()
 def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: float,
            seed: int) -> tuple[Batch, Tensor]:
@@ -318,6 +314,7 @@ def read_as(judge: RewardModel, batch: Batch) -> Batch:
         response_ids.append([i + closing * bool(end) for i, end in zip(ids, ends)])
     return make_batch(batch.prompts, prompt_ids, response_ids, judge.model.device)
 
+@through("blockwise")
 def _read_scores(model, batch: Batch) -> Tensor:
     """Rewards [P, N] in fp32, read at each response's last token, even if it is the pad token."""
     longest = int((batch.prompt_mask.sum(1) + batch.response_mask.sum(2).amax(1)).max())
@@ -338,16 +335,6 @@ def score(judge: RewardModel, batch: Batch, micro_batch: int = 0) -> Tensor:
     return rewards.gather(1, (tokens[:, :, None] == tokens[:, None]).all(-1).byte().argmax(2))
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
-def load(flag: str, name: str, loader, **options):
-    """`loader` on a path (from here or this file's folder) or hub name; a failure is one line."""
-    paths = [path for path in (Path(name).expanduser(), ROOT / name) if path.exists()]
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
-    require(paths or not local, f"{flag} {name}: no such file or folder")
-    try:
-        return loader(str(paths[0]) if paths else name, **options)
-    except Exception as error:  # the libraries do not document what a bad file makes them raise
-        require(False, f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
-
 def load_tokenizer(flag: str, name: str):
     """The tokenizer of a checkpoint; it needs an end token, but no pad token."""
     tokenizer = load(flag, name, transformers.AutoTokenizer.from_pretrained)
@@ -409,7 +396,7 @@ def load_policy(run, tokenizer):
     policy.generation_config = transformers.GenerationConfig(  # final/ samples as it was trained
         do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
         eos_token_id=policy.end_tokens, pad_token_id=tokenizer.pad_token_id)
-    return policy
+    return run.shard(policy)
 
 def load_reward_model(run, policy, policy_tokenizer) -> RewardModel:
     """The frozen RewardModel of --reward-model, in bfloat16 on a GPU."""
@@ -422,7 +409,7 @@ def load_reward_model(run, policy, policy_tokenizer) -> RewardModel:
     require(hasattr(model, "score"), f"{flag} {name}: a {type(model).__name__} does not score the "
             "end of a text; take a decoder's sequence classifier")
     model.requires_grad_(False).score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
-    return RewardModel(model, tokenizer, policy, policy_tokenizer, run.args.reward_eos)
+    return RewardModel(run.shard(model), tokenizer, policy, policy_tokenizer, run.args.reward_eos)
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
@@ -524,8 +511,12 @@ def score_references(judge: RewardModel, prompts: list[Prompt], size: int) -> li
 def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
              prompts: list[Prompt]) -> tuple[dict, list[dict]]:
     """(metrics, samples): one response to each held-out prompt, drawn with the same noise at every
-    evaluation, against the data set's own completion. eval/kl is the policy's KL from `ref`."""
-    args, mine, totals, samples = run.args, prompts[run.rank :: run.world], [], []
+    evaluation, against the data set's own completion. eval/kl is the policy's KL from `ref`.
+    Metrics are means over all processes, samples this one's. A process with a prompt less repeats
+    one, uncounted: a sharded model needs as many passes on each of them."""
+    args, count, totals, samples = run.args, len(prompts[run.rank :: run.world]), [], []
+    equal = len(prompts) + -len(prompts) % run.world
+    mine = (prompts * run.world)[run.rank : equal : run.world]
     for rows in micro_batches(len(mine), 4 * args.prompts_per_step // run.world):
         part = mine[rows]
         batch, _ = sample(policy, part, 1, args.max_response_tokens, args.temperature,
@@ -544,5 +535,6 @@ def evaluate(run, step: int, policy, ref, reward_model: RewardModel,
         samples += [{"step": step, "prompt": prompt.text, "response": text, "reward": reward,
                      "reference": prompt.reference, "reference_reward": prompt.reference_reward}
                     for prompt, text, reward in zip(part, texts, values["reward"][:, 0].tolist())]
-    return {f"eval/{name}": torch.cat([x[name] for x in totals]).double().mean().item()
-            for name in totals[0]}, samples
+    sums = {name: torch.cat([x[name] for x in totals])[:count].double().sum() for name in totals[0]}
+    return {f"eval/{name}": run.average(x / (len(prompts) / run.world)).item()
+            for name, x in sums.items()}, samples[:count]

@@ -51,7 +51,6 @@ shows kl/ref 0. The first test (step --test-every) should find gdc/kl_policy bel
 so gdc/replaced is 1. A weights/ess near 1/N says that --beta is too small.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -170,12 +169,12 @@ def main(args: Args) -> dict[str, float]:
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
     held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    ref = run.frozen_copy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
                                   fused=True)
 
     # ── models of the method ──
-    proposal = {"policy": policy, "sft": ref}.get(args.proposal) or copy.deepcopy(ref)
+    proposal = {"policy": policy, "sft": ref}.get(args.proposal) or run.frozen_copy(ref)
     running = torch.nn.ParameterList([torch.zeros((), dtype=torch.float64, device=run.device)])
     running.requires_grad_(False)  # a number that checkpoints keep, as they keep weights
     done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal,
@@ -204,8 +203,7 @@ def main(args: Args) -> dict[str, float]:
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = common.logprobs(proposal, batch, args.temperature, args.micro_batch)
         log_w = log_weights(ref_logprobs, rewards, proposal_logprobs, args.beta)
-        mean = log_w.double().exp().mean()
-        run.average([mean])
+        mean = run.average(log_w.double().exp().mean())
         running[0].lerp_(mean, 1 / step)  # the mean over all samples so far
         log_z = log_mean_weight(log_w) if args.normalizer == "prompt" else running[0].log()
         weights = (log_w - log_z).exp().float()
@@ -222,7 +220,6 @@ def main(args: Args) -> dict[str, float]:
                 common.require_finite(loss, "the loss", part)
                 (loss.sum() / len(prompts)).backward()
                 passes.append((logprobs.detach(), entropy, loss.detach()))
-            run.average([p.grad for p in policy.parameters()])
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -240,9 +237,8 @@ def main(args: Args) -> dict[str, float]:
             target = start + fresh_rewards / args.beta
             fresh_w = log_weights(start, fresh_rewards, old, args.beta)
             fresh_z = log_mean_weight(fresh_w) if args.normalizer == "prompt" else log_z
-            kl = torch.stack([kl_from_target(fresh_w, fresh_z, target, h).mean().double()
-                              for h in (old, new)])
-            run.average([kl])
+            kl = run.average(torch.stack([kl_from_target(
+                fresh_w, fresh_z, target, h).mean().double() for h in (old, new)]))
             if closer := bool(kl[1] < kl[0]):
                 proposal.load_state_dict(policy.state_dict())
             tested = {"gdc/kl_proposal": kl[0], "gdc/kl_policy": kl[1], "gdc/replaced": closer}
@@ -251,15 +247,16 @@ def main(args: Args) -> dict[str, float]:
         updated = run.clock()
         logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
         lengths = batch.response_mask.sum(-1)
+        tokens = run.average(lengths.sum().float())
         metrics = {
             "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
             **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
-            "entropy/token": entropy.sum() / lengths.sum(), "length/mean": lengths.float().mean(),
+            "entropy/token": entropy.sum() / tokens, "length/mean": lengths.float().mean(),
             "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
             "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
             "time/sample_s": sampled - started, "time/score_s": scored - sampled,
             "time/update_s": updated - scored,
-            "tokens_per_s": run.world * lengths.sum() / (updated - started),
+            "tokens_per_s": run.world * tokens / (updated - started),
             "memory/peak_gib": run.peak_memory(),
         }
 
@@ -275,11 +272,11 @@ def main(args: Args) -> dict[str, float]:
         run.log(step, metrics, samples)
 
         # ── save ──
-        if step % args.save_every == 0 or step == args.steps or run.interrupted:
+        stop = run.stopping()
+        if step % args.save_every == 0 or step == args.steps or stop:
             run.save(step)
-        if run.interrupted:
-            raise SystemExit(f"stopped after step {step}; continue with: "
-                             f"python {run.script.name} --resume {run.folder}")
+        if stop:
+            run.stop(step)
 
     # ── finish ──
     run.close(policy, tokenizer)

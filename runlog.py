@@ -1,5 +1,6 @@
-"""A run: its flags, processes, folder, log, checkpoint and clock."""
+"""A run: its flags, errors, processes and shards, folder, log, checkpoint and clock."""
 
+import copy
 import importlib
 import json
 import math
@@ -12,6 +13,9 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict
+from datetime import timedelta
+from functools import partial, wraps
+from itertools import zip_longest
 from pathlib import Path
 
 import datasets
@@ -20,11 +24,15 @@ import torch.distributed as dist
 import transformers
 import tyro
 from torch import Tensor
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Module, ModuleList, Parameter
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import ROOT, load, require
-
+ROOT = Path(__file__).resolve().parent
 POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
             "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
             "eval_prompts", "save_every")  # flags that must be; all other numbers may be 0
@@ -36,6 +44,33 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
+
+def require(condition: bool, message: str) -> None:
+    """Ends the process with one line on stderr and exit code 2 unless `condition` holds."""
+    if not condition:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # torchrun ends this process when rank 0 has said the same and left
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
+
+def load(flag: str, name: str, loader, **options):
+    """`loader` on a path (from here or this file's folder) or hub name; a failure is one line."""
+    paths = [path for path in (Path(name).expanduser(), ROOT / name) if path.exists()]
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".jsonl"
+    require(paths or not local, f"{flag} {name}: no such file or folder")
+    try:
+        return loader(str(paths[0]) if paths else name, **options)
+    except Exception as error:  # the libraries do not document what a bad file makes them raise
+        require(False, f"{flag} {name}: {str(error)[:400] or type(error).__name__}")
+
+def say_lost(usual, kind, error, trace) -> None:
+    """Says in a line that another process is gone; a traceback would show where this one waited."""
+    if issubclass(kind, dist.DistError) or "gloo" in str(error):  # gloo's errors have no type
+        print(f"error: rank {os.environ['RANK']} lost another process; torchrun says below how it "
+              "ended; go on from the last checkpoint with --resume and the run folder "
+              f"({str(error)[:200]})", file=sys.stderr)
+    else:
+        usual(kind, error, trace)
 
 def parse_args(args_class, argv: list[str] | None = None):
     """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
@@ -69,17 +104,33 @@ class Run:
                                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         require(args.prompts_per_step % self.world == 0, f"--prompts-per-step "
                 f"{args.prompts_per_step}: cannot be split over {self.world} processes")
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group()
+        self.joined = self.world > 1 and not dist.is_initialized()
+        if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint
+            dist.init_process_group(timeout=timedelta(hours=1))
+            sys.excepthook = partial(say_lost, sys.excepthook)
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # one voice; errors, on stderr, are heard from all
         self.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self.mesh = init_device_mesh(self.device.type, (self.world,)) if self.world > 1 else None
         require(args.track == "none" or importlib.util.find_spec(args.track),
                 f"--track {args.track}: not installed; pip install {args.track}")
         name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", name))
         require(args.resume or not self.folder.exists(), f"--run-dir {self.folder}: exists; "
                 f"continue it with --resume {self.folder}, or name another")
+
+    def shard(self, model):
+        """The model, spread over the processes if there are several."""
+        return spread(model, self.mesh) if self.world > 1 else model
+
+    def frozen_copy(self, model):
+        """A copy of a model that is not trained, spread like it."""
+        if self.world == 1:
+            return copy.deepcopy(model).requires_grad_(False)
+        own = model.whole(lambda plain: around(plain, [p.data for p in plain.parameters()]))
+        return self.shard(own.requires_grad_(False))
 
     def open(self, state: dict) -> int:
         """Makes the run folder; with --resume, restores `state` (models and optimizer by name) from
@@ -124,11 +175,11 @@ class Run:
         path, done = self.folder / "checkpoint" / "state.pt", -1
         if path.exists():  # else the run ended before its first checkpoint, and starts anew
             try:
-                saved = torch.load(path, map_location=self.device, weights_only=True)
+                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=self.world > 1)
                 require(saved["run"] == self._identity(), f"--resume {self.folder}: its checkpoint "
                         "is of another script or of other flags")
                 for name, part in self.state.items():
-                    part.load_state_dict(saved[name])
+                    part.load_state_dict(shares(saved[name], part))
                 done = saved["step"]
             except Exception as error:  # a damaged file fails in as many ways as it has bytes
                 require(False, f"--resume {self.folder}: {path} is cut short or damaged "
@@ -140,30 +191,49 @@ class Run:
                                    and json.loads(line)["step"] <= done))
         return max(done, 0)
 
+    def _whole(self, state):
+        """A state dict with whole tensors, on the CPU of rank 0, in place of shards."""
+        if isinstance(state, dict):
+            return {name: self._whole(part) for name, part in state.items()}
+        if isinstance(state, DTensor):
+            whole = state.full_tensor()  # all processes take part, and hold one tensor at a time
+            return None if self.rank else whole.cpu()
+        return state
+
     def save(self, step: int) -> None:
         """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
         path = self.folder / "checkpoint" / "state.pt"
+        parts = {name: self._whole(part.state_dict()) for name, part in self.state.items()}
         if self.rank == 0:
             path.parent.mkdir(exist_ok=True)
             with open(path.with_suffix(".new"), "wb") as file:
-                parts = {name: part.state_dict() for name, part in self.state.items()}
                 torch.save({"step": step, "run": self._identity()} | parts, file)
                 os.fsync(file.fileno())
             os.replace(path.with_suffix(".new"), path)
+        # Who ended before the file is whole would have torchrun kill the process that writes it.
+        self.average(torch.zeros((), device=self.device)).item()
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replaces tensors by their means over all processes."""
-        for tensor in tensors if self.world > 1 else ():
-            dist.all_reduce(tensor)
-            tensor /= self.world
+    def stopping(self) -> bool:
+        """Whether a signal asked for the end, the same answer in all processes."""
+        return bool(self.average(torch.tensor(float(self.interrupted), device=self.device)))
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor := tensor.clone())
+        return tensor / self.world
 
     def log(self, step: int, metrics: dict, samples: list[dict] = ()) -> None:
         """Adds means over processes to metrics.jsonl and TensorBoard, samples to samples.jsonl."""
-        values = torch.tensor(list(map(float, metrics.values())), dtype=torch.float64)
-        self.average([values := values.to(self.device)])
+        values = [x.full_tensor() if isinstance(x, DTensor) else x for x in metrics.values()]
+        values = torch.tensor([*map(float, values)], dtype=torch.float64)
+        values = self.average(values.to(self.device)).tolist()
+        if self.world > 1:
+            dist.all_gather_object(parts := [None] * self.world, samples)
+            samples = [x for row in zip_longest(*parts) for x in row if x]  # as the prompts are
         if self.rank:
             return
-        metrics = dict(zip(metrics, values.tolist()))
+        metrics = dict(zip(metrics, values))
         for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
             with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -189,8 +259,23 @@ class Run:
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
+    def stop(self, step: int) -> None:
+        """Ends an interrupted run."""
+        self._leave()
+        raise SystemExit(1 if self.rank else f"stopped after step {step}; continue with: python "
+                         f"{self.script.name} --resume {self.folder}")
+
     def close(self, policy, tokenizer) -> None:
         """Writes final/ and the plot; shows samples of the first and the last evaluation."""
+        through("whole")(self._write_final)(policy, tokenizer)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Only where all processes end: after an error, to wait for others would be to hang."""
+        if self.joined:
+            dist.destroy_process_group()
+
+    def _write_final(self, policy, tokenizer) -> None:
         if self.rank == 0:
             self.bar.close()
             self.board.close()
@@ -205,6 +290,69 @@ class Run:
             print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png and final/ "
                   f"after {time.perf_counter() - self.begun:.0f} s")
 
+# ── A model spread over processes ─────────────────────────────────────────────────────────────────
+def spread(model, mesh: DeviceMesh):
+    """The model with every weight cut over the processes of `mesh` by FSDP2. It runs functions of
+    a model in one of two ways, and what it gathers for them it frees after them (common.through):
+
+    model.blockwise(function, …): as a forward pass, with or without gradient, gathering one block
+    at a time. Embeddings, last norm and head are the root's: they stay gathered from the begin of
+    the pass to its end, and again in the backward pass, since common.py calls body and head apart
+    and the head again in backward. All processes must make the same passes.
+
+    model.whole(function, …): on a plain model with whole weights, gathered once. Processes may take
+    their own time and ways inside; it needs memory for one whole copy.
+    """
+    plain = around(model, [p.new_empty(0) for p in model.parameters()])
+    lists = [module for module in model.modules() if isinstance(module, ModuleList)]
+    blocks = max(lists, key=lambda x: sum(p.numel() for p in x.parameters()), default=())
+    require(len(blocks), f"a {type(model).__name__} has no list of blocks: run it on one process")
+    for module in (*blocks, model):
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                         mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32))
+
+    def whole(function, *inputs, **options):
+        for empty, part in zip(plain.parameters(), model.parameters()):
+            empty.data = part.detach().full_tensor()
+        try:
+            return function(plain, *inputs, **options)
+        finally:
+            for full in plain.parameters():
+                full.data = full.new_empty(0)
+
+    model.whole, model.blockwise = whole, lambda function, *inputs: function(model, *inputs)
+    fsdp.register_fsdp_forward_method(model, "blockwise")
+    return model
+
+def through(way: str):
+    """Decorates function(model, …): a model that is spread over processes (runlog.spread) runs it
+    in this `way`, "blockwise" or on "whole" weights; any other model just runs it."""
+    def run(function, model, *inputs, **options):
+        if hasattr(model, way):
+            return getattr(model, way)(function, *inputs, **options)
+        return function(model, *inputs, **options)
+    return lambda function: wraps(function)(partial(run, function))
+
+def around(model, weights: list[Tensor]):
+    """A copy of a model around other weights: tied ones stay tied, and none is copied."""
+    pairs = zip(model.parameters(), weights)
+    return copy.deepcopy(model, {id(p): Parameter(w, p.requires_grad) for p, w in pairs})
+
+def shares(saved: dict, part: Module | Optimizer) -> dict:
+    """This process's shares of a checkpoint's whole tensors, cut as `part` is."""
+    def cut(tensor, like):
+        if not isinstance(like, DTensor) or tensor.shape != like.shape:
+            return tensor  # not sharded, or AdamW's count of its steps
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+    if isinstance(part, Module):
+        own = part.state_dict()
+        return {name: cut(tensor, own.get(name)) for name, tensor in saved.items()}
+    weights = [p for group in part.param_groups for p in group["params"]]
+    return saved | {"state": {i: {name: cut(x, weights[i]) for name, x in moments.items()}
+                              for i, moments in saved["state"].items()}}
+
+# ── What the log says ─────────────────────────────────────────────────────────────────────────────
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
     """kl/ref (k1) and kl/k3, nats a response: the policy's KL from the reference on samples of the
     proposal, [P, N] each, which self-normalised importance weights turn into the policy's own."""

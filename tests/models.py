@@ -91,11 +91,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def make_world(folder: Path, **more) -> brain.Args:
+def make_world(folder: Path, architecture: str = "llama", **more) -> brain.Args:
     """Checkpoints and prompts of a small word world in `folder`, and flags for a short run on them."""
     tokenizer = word_tokenizer()
     size = len(tokenizer)
-    save(folder / "sft", make_model("llama", size), tokenizer)
+    save(folder / "sft", make_model(architecture, size), tokenizer)
     save(folder / "rm", make_model("gpt2", size, labels=1, seed=1), tokenizer)
     rows = [{"prompt": " ".join(WORDS[(i * k) % 15] for k in range(1, 3 + i % 5)),
              "completion": " " + WORDS[i % 15]} for i in range(60)]

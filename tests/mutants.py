@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE, SCRIPTS, PERFORMANCE = (f"tests/test_{name}.py" for name in ("core", "scripts", "performance"))
 BRAIN, GDC, DPO, WIND, BOND = (f"tests/test_method_{name}.py"
                                for name in ("brain", "gdc", "dpo", "wind", "bond"))
+RANKS = "tests/test_distributed.py"
 RESUME = "tests/test_siblings.py::test_every_variant_runs_resumes_and_splits[{}]"
 MUTANTS = [
     # brain.py
@@ -168,7 +169,21 @@ MUTANTS = [
     ("runlog.py", "(ratio.exp() - 1 - ratio)", "(ratio.exp() - 1 + ratio)", BRAIN, "kl_estimates"),
     ("runlog.py", '["step"] <= done', '["step"] <= done + 1', SCRIPTS, "bug29"),
     ("runlog.py", "weights_only=True", "weights_only=False", SCRIPTS, "pickle_inside"),
-    ("runlog.py", "dist.all_reduce(tensor)", "pass", SCRIPTS, "two_processes"),
+    # several processes
+    ("runlog.py", "dist.all_reduce(tensor := tensor.clone())", "tensor = tensor * 2", RANKS, ""),
+    ("runlog.py", "for module in (*blocks, model):", "for module in (model,):", RANKS, "every_block"),
+    ("runlog.py", "full.data = full.new_empty(0)", "pass", RANKS, "gathers_once"),
+    ("runlog.py", "dist.all_gather_object(parts := [None] * self.world, samples)",
+     "parts = [samples]", RANKS, "samples_are_all"),
+    ("runlog.py", 'open(os.devnull, "w")', "sys.stdout", RANKS, "speaks"),
+    ("common.py", '@through("whole")\n', "", RANKS, ""),
+    ("common.py", '@through("blockwise")\ndef logprobs', "def logprobs", RANKS, ""),
+    ("common.py", "[run.rank : equal : run.world]", "[run.rank :: run.world][:count]", RANKS, ""),
+    ("common.py", "[:count].double()", ".double()", RANKS, "gradients_losses"),
+    ("brain.py", "tokens = run.average(lengths.sum().float())", "tokens = lengths.sum().float()",
+     RANKS, "gradients_losses"),
+    ("gdc.py", "run.average(log_w.double().exp().mean())", "log_w.double().exp().mean()", RANKS,
+     "gradients_losses"),
     ("runlog.py", "logs if self.rank == 0 else ()", "()", SCRIPTS, "bug29"),
 ]
 

@@ -1,6 +1,5 @@
 """BOND's and J-BOND's equations on tables and on a model of 31 responses."""
 
-import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -19,8 +18,9 @@ from tables import (
 
 import bond
 import common
+import runlog
 
-ALONE = SimpleNamespace(world=1, average=lambda tensors: None)
+ALONE = SimpleNamespace(world=1, average=lambda mean: mean)
 
 
 def quantiles(law: torch.Tensor, rewards: torch.Tensor):
@@ -137,7 +137,7 @@ def test_eq4_baseline_is_the_mean_of_the_others():
     torch.testing.assert_close(bond.advantages(ALONE, returns), expected)
     assert bond.advantages(ALONE, torch.tensor([[5.0]])).item() == 5
     halves = [bond.advantages(SimpleNamespace(
-        world=2, average=lambda tensors: tensors[0].fill_(3.0)), row[None]) for row in returns]
+        world=2, average=lambda mean: torch.tensor(3.0)), row[None]) for row in returns]
     torch.testing.assert_close(torch.cat(halves), expected)
 
 
@@ -241,9 +241,9 @@ def test_eq8_the_anchor_is_the_exact_moving_average(world, tmp_path, monkeypatch
         policies.append([p.detach().clone() for p in self.param_groups[0]["params"]])
         return out
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    copied = copy.deepcopy
-    monkeypatch.setattr(bond, "copy", SimpleNamespace(
-        deepcopy=lambda x: anchors.append(copied(x)) or anchors[-1]))
+    copied = runlog.Run.frozen_copy
+    monkeypatch.setattr(runlog.Run, "frozen_copy", lambda run, model: anchors.append(
+        copied(run, model)) or anchors[-1])
     train(bond, world, tmp_path / "run", steps=3, updates_per_sample=2, eta=0.3, warmup_steps=0)
     ref, anchor = anchors[:2]
     assert len(policies) == 6

@@ -395,24 +395,6 @@ def test_bug29_a_killed_run_resumes_bit_for_bit(world, tmp_path, kill, at):
         tmp_path / "whole" / "samples.jsonl").read_text()
 
 
-def test_two_processes_average(tmp_path):
-    """torchrun with two processes: gradients, and so the weights, are those of one process."""
-    world = make_world(tmp_path, samples_per_prompt=2, steps=2, refresh_every=0, eval_every=1,
-                       temperature=1e-3, micro_batch=1, eval_prompts=8)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-port", "29611", "brain.py", *flags(world)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = comparable(tmp_path / "run")
-    assert [line["step"] for line in lines] == [0, 1, 2]
-    # At a temperature near 0 the samples, and so all that follows, do not depend on the noise.
-    brain.main(replace(world, run_dir=str(tmp_path / "one")))
-    for ours, alone in zip(lines, comparable(tmp_path / "one"), strict=True):
-        for key, value in alone.items():
-            assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
-
-
 # ── form ──
 def test_safetensors_with_pickle_inside_is_not_read(tmp_path):
     """A state.pt that holds code is refused, not run."""

@@ -1,0 +1,357 @@
+"""What tests/test_distributed.py runs in two processes at once, and for comparison in one.
+
+    torchrun --standalone --nproc-per-node 2 tests/ranks.py FOLDER
+
+Each process writes FOLDER/<rank>.pt: for each check below what it saw.
+"""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from models import make_world  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import bond  # noqa: E402
+import brain  # noqa: E402
+import common  # noqa: E402
+import dpo  # noqa: E402
+import gdc  # noqa: E402
+import runlog  # noqa: E402
+import wind  # noqa: E402
+
+SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond)}
+RUNS = {  # of four steps, by name: (script, folder of the world, flags)
+    "brain": ("brain", "llama", {"refresh_every": 2}),
+    "gdc": ("gdc", "llama", {"test_every": 2}),
+    "gdc running": ("gdc", "llama", {"normalizer": "running", "proposal": "policy"}),
+    "dpo": ("dpo", "llama", {"pairs": "dataset"}),
+    "slic": ("dpo", "llama", {"loss": "slic"}),
+    "wind": ("wind", "llama", {"refresh_every": 2}),
+    "bond": ("bond", "llama", {"updates_per_sample": 2, "gamma": 0.5}),
+    "bond copy": ("bond", "llama", {"anchor": "copy", "eta": 0.5}),
+    "brain gpt2": ("brain", "gpt2", {"micro_batch": 1, "refresh_every": 1}),
+    "bond gpt_neox": ("bond", "gpt_neox", {}),
+}
+WORLDS = ["llama", "gpt_neox", "gpt2"]  # gpt2 has tied embeddings
+
+
+def make_worlds(folder: Path) -> None:
+    """Checkpoints of three architectures, and one data set of pairs, in `folder`."""
+    for name in WORLDS:
+        make_world(folder / name, name)
+        for path in (folder / name / "data").iterdir():
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = [row | {"chosen": " good film", "rejected": " bad"} for row in rows]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def args_of(folder: Path, name: str, run: Path, **more):
+    """(script, its flags) of the run `name`; five held-out prompts are no even share of two."""
+    script, world, own = RUNS[name]
+    at, flags = folder / world, {"eval_prompts": 5, "prompts_per_step": 4, "lr": 1e-4} | own | more
+    shared = {"policy": str(at / "sft"), "reward_model": str(at / "rm"), "dataset": str(at / "data"),
+              "steps": 4, "samples_per_prompt": 4, "max_prompt_tokens": 16, "warmup_steps": 2,
+              "max_response_tokens": 6, "eval_every": 2, "save_every": 2, "run_dir": str(run)}
+    return SCRIPTS[script], SCRIPTS[script].Args(**shared | flags)
+
+
+@contextmanager
+def patched(target, name: str, new):
+    """target.name is `new` for a while."""
+    old = getattr(target, name)
+    setattr(target, name, new)
+    try:
+        yield
+    finally:
+        setattr(target, name, old)
+
+
+def from_a_table(seen: list):
+    """A `common.sample` whose responses depend on the prompt alone: on no model, seed or rank."""
+    def sample(model, prompts, n, max_tokens, temperature, seed):
+        if n > 1:
+            seen.append([prompt.text for prompt in prompts])
+        rows = []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(sum(prompt.tokens) * 100 + n)
+            draw = torch.randint(4, 19, (n, max_tokens), generator=generator).tolist()
+            lengths = torch.randint(1, max_tokens + 1, (n,), generator=generator).tolist()
+            rows.append([[*row[: length - 1], 1] if length < max_tokens else row
+                         for row, length in zip(draw, lengths)])
+        ids = [prompt.tokens for prompt in prompts]
+        return common.make_batch(prompts, ids, rows, torch.device("cpu")), None
+    return sample
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is said between processes, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
+            self.counts[str(function)] = self.counts.get(str(function), 0) + 1
+        return function(*args, **kwargs or {})
+
+
+def size(tensors) -> int:
+    """Bytes on this process."""
+    return sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes for x in tensors)
+
+
+def whole(tensor):
+    """A tensor, gathered if it is sharded; a copy."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def train(script, args, before_step=lambda count: None) -> dict:
+    """A run on responses from a table: what went into it, each update's gradients, what is sharded."""
+    seen, gradients, sharded = [], [], {}
+    clip, opened, table = torch.nn.utils.clip_grad_norm_, runlog.Run.open, from_a_table(seen)
+
+    def record(parameters, norm):
+        parameters = list(parameters)
+        gradients.append([whole(p.grad) for p in parameters])
+        return clip(parameters, norm)
+
+    def open_(self, state):
+        sharded.update({name: all(isinstance(p, DTensor) for p in part.parameters())
+                        for name, part in state.items() if hasattr(part, "parameters")})
+        return opened(self, state)
+
+    def sample(*inputs):
+        before_step(len(seen))
+        return table(*inputs)
+
+    with (patched(torch.nn.utils, "clip_grad_norm_", record), patched(common, "sample", sample),
+          patched(runlog.Run, "open", open_)):
+        result = script.main(args)
+    return {"prompts": seen, "gradients": gradients, "result": result, "sharded": sharded}
+
+
+def stop_after(step: int, script, args) -> None:
+    """A run that is broken off once the checkpoint of `step` is written."""
+    save = runlog.Run.save
+
+    def save_and_stop(self, at):
+        save(self, at)
+        if at == step:
+            raise KeyboardInterrupt
+    with patched(runlog.Run, "save", save_and_stop):
+        try:
+            train(script, args)
+        except KeyboardInterrupt:
+            pass
+
+
+def resume(script, run: Path) -> None:
+    train(script, runlog.parse_args(script.Args, ["--resume", str(run)]))
+
+
+# ── the checks: all take the folder of the worlds and the rank ──
+def check_runs(folder: Path, rank: int) -> dict:
+    """Every run; the run folder that rank 1 would write has another name."""
+    return {name: train(*args_of(folder, name, folder / f"two {name} {rank}")) for name in RUNS}
+
+
+def check_one_held_out_prompt(folder: Path, rank: int):
+    run = folder / f"two held-out {rank}"
+    return train(*args_of(folder, "brain", run, eval_prompts=1, steps=1))["result"]
+
+
+def load(folder: Path, world: str):
+    """A policy, a reward model and a frozen copy, as a script makes them."""
+    args = brain.Args(policy=str(folder / world / "sft"), reward_model=str(folder / world / "rm"),
+                      max_prompt_tokens=16)
+    run = runlog.Run(args, brain.__file__)
+    tokenizer = common.load_tokenizer("--policy", args.policy)
+    policy = common.load_policy(run, tokenizer)
+    judge = common.load_reward_model(run, policy, tokenizer)
+    return policy, judge.model, run.frozen_copy(policy)
+
+
+def check_shards(folder: Path, rank: int) -> dict:
+    """By architecture and model: (its groups, its blocks, its bytes here, its bytes in all)."""
+    def describe(model):
+        own = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters())
+        groups = [x for x in model.modules() if isinstance(x, FSDPModule)]
+        return len(groups), model.config.num_hidden_layers, own, sum(
+            p.numel() * p.element_size() for p in model.parameters())
+    return {world: [describe(model) for model in load(folder, world)] for world in WORLDS}
+
+
+PROMPTS = [common.Prompt(str(row), row) for row in ([5, 6, 7, 8], [9, 10], [11, 12, 13])]
+
+
+def check_sampling(folder: Path, rank: int) -> dict:
+    """The sharded policy, after an update, against its own weights in a plain model: tokens, their
+    log-probs, and the collectives of 3 and of 30 tokens."""
+    seen = {}
+    for world in WORLDS:
+        policy, _, ref = load(folder, world)
+        plain = policy.whole(copy.deepcopy)
+        optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, fused=True)
+        mine, _ = common.sample(policy, PROMPTS[rank:], 4, 8, 1.0, 7)
+        common.logprobs_and_entropy(policy, mine, 1.0)[0].sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for weight, new in zip(plain.parameters(), policy.parameters()):
+                weight.copy_(whole(new))
+        counts = {}
+        for model, name in ((policy, "policy"), (ref, "ref")):
+            for tokens in (3, 30):
+                with Collectives() as seen_here:
+                    batch, drawn = common.sample(model, PROMPTS[rank:], 4, tokens, 1.0, 3)
+                counts[name, tokens] = seen_here.counts
+            if name == "policy":
+                theirs, same = common.sample(plain, PROMPTS[rank:], 4, 30, 1.0, 3)
+                tokens = torch.equal(batch.response_tokens, theirs.response_tokens)
+                gap = (common.logprobs(model, batch, 1.0) - common.logprobs(plain, batch, 1.0)).abs()
+                seen[world] = {"tokens": tokens, "drawn": (drawn - same).abs().max().item(),
+                               "logprobs": gap.max().item(), "counts": counts}
+        seen[world]["freed"] = all(isinstance(p, DTensor) for p in policy.parameters()) and all(
+            p.numel() == 0 for p in policy.whole(lambda plain: plain).parameters())
+    return seen
+
+
+def check_early_end(folder: Path, rank: int) -> list[int]:
+    """Tokens drawn and time of the last: any token ends a response of rank 1, none one of rank 0."""
+    policy = load(folder, "llama")[0]
+    policy.whole(lambda plain: setattr(plain, "end_tokens", list(range(24)) if rank else [99]))
+    batch, _ = common.sample(policy, PROMPTS, 4, 60, 1.0, 3)
+    common.logprobs(policy, batch, 1.0)  # a collective after it: the ranks meet again
+    return list(batch.response_tokens.shape)
+
+
+def check_plain_rows(folder: Path, rank: int) -> list:
+    """Log-probs and gradients of a policy that cannot share rows, and of one that does."""
+    seen = []
+    for shared in (True, False):
+        policy = load(folder, "gpt2")[0]
+        policy.shared_rows = shared
+        batch, _ = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
+        logprobs = common.logprobs_and_entropy(policy, batch, 1.0)[0]
+        logprobs.sum().backward()
+        seen.append([logprobs.detach(), *(whole(p.grad) for p in policy.parameters())])
+    return seen
+
+
+def check_many_chunks(folder: Path, rank: int) -> list:
+    """The same with the vocabulary head in one chunk, and in chunks of three tokens."""
+    seen = []
+    for most in (2**25, 60):
+        policy = load(folder, "llama")[0]
+        with patched(common, "MOST_LOGITS", most):
+            batch, _ = from_a_table([])(policy, PROMPTS[rank:], 3, 6, 1.0, 0)
+            logprobs = common.logprobs_and_entropy(policy, batch, 1.0)[0]
+            logprobs.mean().backward()
+        seen.append([logprobs.detach(), *(whole(p.grad) for p in policy.parameters())])
+    return seen
+
+
+def check_bfloat16(folder: Path, rank: int) -> list:
+    """Types of weights, gradients and moments of --dtype bfloat16, and of a reward model whose last
+    layer alone is float32, as on a GPU."""
+    args = brain.Args(policy=str(folder / "llama" / "sft"), dtype="bfloat16", max_prompt_tokens=16,
+                      reward_model=str(folder / "llama" / "rm"))
+    run = runlog.Run(args, brain.__file__)
+    policy = common.load_policy(run, common.load_tokenizer("--policy", args.policy))
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, fused=True)
+    batch, _ = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
+    common.logprobs_and_entropy(policy, batch, 1.0)[0].sum().backward()
+    kinds = {str(x.dtype) for p in policy.parameters() for x in (p, p.grad)}
+    optimizer.step()
+    kinds |= {str(x.dtype) for s in optimizer.state.values() for n, x in s.items() if n != "step"}
+    model = common.load_model(run, "--reward-model", args.reward_model, common.transformers.
+                              AutoModelForSequenceClassification, torch.bfloat16)
+    model.requires_grad_(False).score.float()
+    alone = common._read_scores(model, batch)
+    with torch.no_grad():
+        return kinds, alone, common._read_scores(run.shard(model), batch)
+
+
+def check_resume(folder: Path, rank: int) -> None:
+    """brain.py and bond.py, broken off and resumed: from two processes on two, from one on two."""
+    for name in ("brain", "bond"):
+        stop_after(2, *args_of(folder, name, folder / f"two broken {name}"))
+        dist.barrier()
+        if rank == 0:
+            shutil.copytree(folder / f"two broken {name}", folder / f"two to one {name}")
+        dist.barrier()
+        for kind in ("two broken", "one to two"):
+            resume(SCRIPTS[name], folder / f"{kind} {name}")
+
+
+def check_ctrl_c(folder: Path, rank: int):
+    """Rank 1 alone hears of it, in step 2; how the process ends."""
+    def press(count: int) -> None:
+        if rank == 1 and count == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+    try:
+        train(*args_of(folder, "dpo", folder / "two ctrl-c", pairs="sampled"), before_step=press)
+    except SystemExit as stop:
+        return stop.code
+
+
+def check_memory(folder: Path, rank: int) -> dict:
+    """Bytes here of what analyze/memory.py counts, after an update; `passing`: the most that was
+    gathered at once as a block ended its forward pass."""
+    policy, _, ref = load(folder, "llama")
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, fused=True)
+    passing = []
+
+    def gathered(*_):
+        passing.append(size(p for p in policy.parameters() if not isinstance(p, DTensor)))
+
+    for block in policy.model.layers:
+        block.mlp.register_forward_hook(gathered)
+    batch, _ = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
+    common.logprobs_and_entropy(policy, batch, 1.0)[0].sum().backward()
+    optimizer.step()
+    moments = [x for s in optimizer.state.values() for n, x in s.items() if n != "step"]
+    return {"weights": size(policy.parameters()), "moments": size(moments),
+            "gradients": size(p.grad for p in policy.parameters()),
+            "reference": size(ref.parameters()), "passing": max(passing),
+            "gathered copy": policy.whole(lambda plain: size(plain.parameters()))}
+
+
+def check_log(folder: Path, rank: int) -> None:
+    """Metrics that differ by rank, and samples of uneven shares."""
+    args = brain.Args(run_dir=str(folder / "two log"))
+    run = runlog.Run(args, brain.__file__)
+    run.open({})
+    run.log(0, {"x": 1.0 + rank, "y": torch.tensor(4.0 * rank)},
+            [{"prompt": i} for i in range(rank, 5, 2)])
+
+
+def main(folder: Path) -> None:
+    """Runs all checks; an exception is what a check saw."""
+    torch.set_num_threads(1)
+    dist.init_process_group(timeout=timedelta(seconds=60))  # a deadlock ends in an error
+    rank, seen = dist.get_rank(), {}
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            seen[name] = check(folder, rank)
+            print(f"rank {rank}: {name}", file=sys.stderr, flush=True)
+    torch.save(seen, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,322 @@
+"""Two processes, started by torchrun, against one: what is computed, what is said, what is written.
+
+tests/ranks.py holds what runs in the processes; they are started once, for all tests but the last.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+import transformers
+from checkpoints import comparable, read_log
+from models import flags, make_world
+from safetensors.torch import load_file
+
+import brain
+import common
+import runlog
+from analyze import memory
+
+ROOT = Path(brain.__file__).parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Worlds, and the runs of two processes beside those of one."""
+    path = tmp_path_factory.mktemp("ranks")
+    ranks.make_worlds(path)
+    for name in ("brain", "bond"):
+        ranks.stop_after(2, *ranks.args_of(path, name, path / f"one to two {name}"))
+    done = subprocess.run([*LAUNCH, "tests/ranks.py", str(path)], cwd=ROOT, text=True, timeout=600,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    (path / "out.txt").write_text(done.stdout)
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    """What each of the two processes saw, by check."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The same runs in one process, by name."""
+    return {name: ranks.train(*ranks.args_of(folder, name, folder / f"one {name}"))
+            for name in ranks.RUNS}
+
+
+def assert_close(ours, theirs, atol=1e-5):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-5)
+
+
+def assert_logs_agree(run: Path, other: Path, atol: float) -> None:
+    """Every metric of every step, and every sample: only times and memory may differ."""
+    for ours, theirs in zip(comparable(run), comparable(other), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=atol, abs=atol), key
+    for ours, theirs in zip(read_log(run / "samples.jsonl"), read_log(other / "samples.jsonl"),
+                            strict=True):
+        assert ours | {"reward": 0, "reference_reward": 0} == theirs | {
+            "reward": 0, "reference_reward": 0}
+
+
+# ── what is computed ──
+@pytest.mark.parametrize("name", ranks.RUNS)
+def test_gradients_losses_and_metrics_are_those_of_one_process(name, folder, both, alone):
+    """On the same global batches, to 1e-5: each parameter's gradient in each update, each metric of
+    each step. Five held-out prompts: the last pass of rank 1 repeats one."""
+    for seen in both:
+        ours, theirs = (x["gradients"] for x in (seen["check_runs"][name], alone[name]))
+        assert len(ours) == len(theirs) >= 4
+        for update, parameters in zip(ours, theirs):
+            assert max(p.abs().max() for p in parameters) > 1e-3
+            for mine, whole in zip(update, parameters, strict=True):
+                assert_close(mine, whole)
+        assert seen["check_runs"][name]["result"] == pytest.approx(alone[name]["result"], abs=1e-5)
+    assert_logs_agree(folder / f"two {name} 0", folder / f"one {name}", 1e-5)
+
+
+@pytest.mark.parametrize("name", ranks.RUNS)
+def test_prompts_are_disjoint_and_complete(name, both, alone):
+    """Dealt out in turn; nothing twice."""
+    ours = [seen["check_runs"][name]["prompts"] for seen in both]
+    theirs = alone[name]["prompts"]
+    if name == "dpo":  # its pairs come from the data set: nothing is sampled
+        assert ours == [[], []] and theirs == []
+        return
+    for first, second, whole in zip(*ours, theirs, strict=True):
+        assert len(first) == len(second) and [*zip(first, second)] == [*zip(whole[::2], whole[1::2])]
+
+
+def test_one_held_out_prompt(both, folder):
+    """Rank 1 has none of its own."""
+    args = ranks.args_of(folder, "brain", folder / "one held-out", eval_prompts=1, steps=1)
+    expected = ranks.train(*args)["result"]
+    for seen in both:
+        assert seen["check_one_held_out_prompt"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_policy_on_plain_rows_and_a_head_in_chunks(both):
+    """Log-probs and gradients: the model's own forward pass, and a head recomputed in backward."""
+    for seen in both:
+        for check in ("check_plain_rows", "check_many_chunks"):
+            for ours, theirs in zip(*seen[check], strict=True):
+                assert_close(ours, theirs, atol=1e-4)
+                assert theirs.abs().max() > 0
+
+
+def test_bfloat16_and_a_reward_model_of_two_types(both):
+    for seen in both:
+        kinds, ours, theirs = seen["check_bfloat16"]
+        assert kinds == {"torch.bfloat16"}
+        assert_close(ours, theirs)
+
+
+# ── what is sharded ──
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_every_block_is_a_shard_of_its_own(world, both):
+    """Policy, reward model and frozen copy: a group a block and one for the rest, half the bytes."""
+    for seen in both:
+        for groups, blocks, mine, whole in seen["check_shards"][world]:
+            assert groups == blocks + 1 == 3
+            assert 0.5 <= mine / whole < 0.51
+
+
+def test_proposal_and_anchor_are_sharded_too(both):
+    for seen in both:
+        runs = {name: run["sharded"] for name, run in seen["check_runs"].items()}
+        assert runs["gdc"] == {"policy": True, "proposal": True, "running": False}
+        assert runs["brain"] == runs["wind"] == {"policy": True, "proposal": True}
+        assert runs["bond"] == runs["bond copy"] == {"policy": True, "anchor": True}
+
+
+def test_bytes_are_those_of_the_formula(both):
+    """analyze/memory.py on 2 GPUs; 19 rows of the vocabulary cannot be halved, hence the 1 %."""
+    model = memory.Llama(2, 32, 48, 4, 2, 8, 19)
+    batch = memory.Batch()
+    expected = memory.kept(model, 2) | memory.sampling(model, batch, 2) | memory.update(
+        model, batch, 2)
+    for seen in both:
+        ours = seen["check_memory"]
+        for name in ("weights", "moments", "gradients", "reference", "gathered copy"):
+            assert ours[name] == pytest.approx(expected[name], rel=0.01), name
+        most = 4 * (model.root + 2 * model.block)  # without the gradients
+        assert 4 * (model.root + model.block) <= ours["passing"] <= most * 1.01
+
+
+# ── sampling ──
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_sampling_gathers_once(world, both):
+    """As many all-gathers for 30 tokens as for 3, on weights as they are after the last update, and
+    nothing stays gathered."""
+    for seen in both:
+        this = seen["check_sampling"][world]
+        for model in ("policy", "ref"):
+            short, long = (this["counts"][model, tokens] for tokens in (3, 30))
+            assert short == long and any("all_gather" in name for name in long)
+        assert this["tokens"] and this["freed"]
+        assert this["drawn"] < 1e-5 and this["logprobs"] < 1e-4
+
+
+def test_a_rank_that_ends_early_does_not_wait(both):
+    """Rank 1 draws one token, rank 0 sixty; then both take part in a forward pass."""
+    shapes = [seen["check_early_end"] for seen in both]
+    assert shapes == [[3, 4, 60], [3, 4, 1]]
+
+
+# ── what is written ──
+def test_only_rank_0_writes_and_speaks(folder, both):
+    """Rank 1 was told to write elsewhere: nothing is there."""
+    assert not list(folder.glob("two * 1"))
+    out = (folder / "out.txt").read_text()
+    for name in ranks.RUNS:
+        assert (folder / f"two {name} 0" / "final").is_dir()
+        assert out.count(f"two {name} 0: metrics.jsonl") == 1
+    assert out.count("training prompts;") == out.count("held-out prompts;")
+    assert " 1: metrics.jsonl" not in out
+
+
+def test_metrics_are_means_and_samples_are_all_there(folder, both):
+    run = folder / "two log"
+    assert read_log(run / "metrics.jsonl") == [{"step": 0, "x": 1.5, "y": 2.0}]
+    assert [line["prompt"] for line in read_log(run / "samples.jsonl")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["brain gpt2", "bond gpt_neox", "bond"])
+def test_final_is_a_checkpoint_of_the_whole_policy(name, folder, both, alone):
+    run = folder / f"two {name} 0"
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
+    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["policy"]
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, saved[key])
+    theirs = load_file(folder / f"one {name}" / "final" / "model.safetensors")
+    ours = load_file(run / "final" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    architecture, = json.loads((run / "final" / "config.json").read_text())["architectures"]
+    assert architecture == type(model).__name__
+
+
+# ── resume ──
+@pytest.mark.parametrize("name", ["brain", "bond"])
+def test_two_processes_resume_bit_equal(name, folder, both):
+    """Weights, moments, proposal or anchor, log and samples of a run broken off at step 2."""
+    run, other = folder / f"two broken {name}", folder / f"two {name} 0"
+    assert comparable(run) == comparable(other)
+    assert (run / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    ours, theirs = (torch.load(x / "checkpoint" / "state.pt", weights_only=True) for x in (run, other))
+    assert ours["step"] == 4 and len(ours["optimizer"]["state"]) > 10
+    assert ours.pop("run") == theirs.pop("run")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["brain", "bond"])
+def test_two_resume_on_one_and_one_on_two(name, folder, both, alone):
+    """The same batches in either case, so the same run but for rounding."""
+    ranks.resume(ranks.SCRIPTS[ranks.RUNS[name][0]], folder / f"two to one {name}")
+    for kind in ("two to one", "one to two"):
+        assert_logs_agree(folder / f"{kind} {name}", folder / f"one {name}", 2e-5)
+        ours, theirs = (torch.load(folder / f"{x} {name}" / "checkpoint" / "state.pt",
+                                   weights_only=True) for x in (kind, "one"))
+        for part in set(ours) - {"run", "step"}:
+            torch.testing.assert_close(ours[part], theirs[part], atol=1e-4, rtol=1e-4)
+
+
+def test_ctrl_c_heard_by_one_rank_stops_both_after_the_same_step(folder, both):
+    run = folder / "two ctrl-c"
+    assert [seen["check_ctrl_c"] for seen in both] == [
+        f"stopped after step 2; continue with: python dpo.py --resume {run}", 1]
+    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
+    assert saved["step"] == read_log(run / "metrics.jsonl")[-1]["step"] == 2
+
+
+# ── from the command line ──
+def children(process: int) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def environment(process: int) -> dict[str, str]:
+    text = Path(f"/proc/{process}/environ").read_bytes().decode()
+    return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+
+
+def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path):
+    """Rank 1 gets a SIGKILL: torchrun says so and ends rank 0 within a minute. The checkpoint then
+    goes on in one process."""
+    args = make_world(tmp_path, steps=300, save_every=3, eval_every=300)
+    process = subprocess.Popen([*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 6:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    victims = {environment(child)["RANK"]: child for child in children(process.pid)}
+    os.kill(victims["1"], signal.SIGKILL)
+    killed = time.monotonic()
+    out, error = process.communicate(timeout=60)
+    print(f"ended {time.monotonic() - killed:.1f} s after the kill")
+    assert process.returncode == 1
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9", error), error
+    assert "Signal 9 (SIGKILL) received by PID" in error
+    assert "[rank0]:" not in error  # no traceback of the process that waited
+    assert not Path(f"/proc/{victims['0']}").exists()
+    assert out.count("training prompts;") == 1  # rank 0 alone speaks
+    before = len(read_log(log))
+    done = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"]
+    assert 3 <= done < before < 300
+
+    about = tmp_path / "run" / "args.json"  # a shorter way to the end
+    about.write_text(about.read_text().replace('"steps": 300', f'"steps": {done + 2}'))
+    saved = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    saved["run"]["steps"] = done + 2
+    torch.save(saved, tmp_path / "run" / "checkpoint" / "state.pt")
+    brain.main(runlog.parse_args(brain.Args, ["--resume", str(tmp_path / "run")]))
+    assert [line["step"] for line in read_log(log)] == list(range(done + 3))
+
+
+def test_a_lost_process_is_said_in_one_line(capsys, monkeypatch):
+    """What gloo and NCCL raise when the other end is gone; any other error stays a traceback."""
+    monkeypatch.setenv("RANK", "1")
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    for error in (gone, torch.distributed.DistBackendError("NCCL communicator was aborted")):
+        runlog.say_lost(sys.excepthook, type(error), error, None)
+        said = capsys.readouterr().err
+        assert said.startswith("error: rank 1 lost another process") and said.count("\n") == 1
+        assert "--resume" in said
+    runlog.say_lost(sys.__excepthook__, ValueError, ValueError("a mistake"), None)
+    assert "ValueError: a mistake" in capsys.readouterr().err
+
+
+def test_an_error_of_rank_1_is_said_late(capsys, monkeypatch):
+    """If rank 0 has the same one, torchrun ends rank 1 before; if not, it must be heard."""
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(runlog.time, "sleep", waited.append)
+    with pytest.raises(SystemExit):
+        runlog.require(False, "--flag: a mistake")
+    assert waited == [5] and capsys.readouterr().err == "error: --flag: a mistake\n"
+
+
+def test_the_command_line_ends_clean_and_an_error_is_said_once(tmp_path):
+    """A whole run of two processes, then one with a mistake that both processes find."""
+    args = make_world(tmp_path, steps=2)
+    done = subprocess.run([*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True, timeout=120,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("(?i)warning|destroy_process_group|Traceback", done.stderr), done.stderr
+    assert done.stdout.count("metrics.jsonl, samples.jsonl") == 1
+    common.load_tokenizer("--policy", str(tmp_path / "run" / "final"))
+    done = subprocess.run([*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True, timeout=120,
+                          capture_output=True)  # the run folder exists
+    assert done.returncode == 1 and done.stderr.count("error: --run-dir") == 1, done.stderr
