@@ -235,6 +235,8 @@ def main(args: Args) -> dict[str, float]:
                 passes.append((logprobs.detach(), entropy, loss.detach()))
             run.average([p.grad for p in policy.parameters()])
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            common.require(grad_norm.isfinite(), f"the gradient of step {step} is NaN or infinite; "
+                           "the last checkpoint is kept")
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
@@ -273,9 +275,10 @@ def main(args: Args) -> dict[str, float]:
         run.log(step, metrics, samples)
 
         # ── save ──
-        if step % args.save_every == 0 or step == args.steps or run.interrupted:
+        stop = run.stopping()
+        if step % args.save_every == 0 or step == args.steps or stop:
             run.save(step)
-        if run.interrupted:
+        if stop:
             raise SystemExit(f"stopped after step {step}; continue with: "
                              f"python {run.script.name} --resume {run.folder}")
 

@@ -1,5 +1,7 @@
 """A run: its flags, processes, folder, log, checkpoint and clock."""
 
+import contextlib
+import fcntl
 import importlib
 import json
 import math
@@ -10,7 +12,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +23,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -28,6 +33,8 @@ from common import ROOT, load, require
 POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
             "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
             "eval_prompts", "save_every")  # flags that must be; all other numbers may be 0
+FORMAT = 1  # of checkpoints: raised when what they hold changes
+LOCKS = {}  # open files by run folder, each locked as long as it is open
 HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
 PANELS = {"reward": ("reward/mean", "eval/reward"), "KL from the start model, nats": ("kl/ref",
           "eval/kl"), "win rate": ("eval/win_rate",), "tokens a response": ("length/mean",
@@ -36,6 +43,13 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
+
+def _excepthook(failure, usual=threading.excepthook):
+    """TensorBoard writes in a thread; what fails there, log() meets and says in one line."""
+    if not issubclass(failure.exc_type, OSError):
+        usual(failure)
+
+threading.excepthook = _excepthook
 
 def parse_args(args_class, argv: list[str] | None = None):
     """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
@@ -84,23 +98,25 @@ class Run:
     def open(self, state: dict) -> int:
         """Makes the run folder; with --resume, restores `state` (models and optimizer by name) from
         its checkpoint. Returns the number of steps done."""
-        self.state, self.interrupted, args = state, False, self.args
+        self.state, self.interrupted, self.warned, args = state, False, False, self.args
         done = self._restore() if args.resume else 0
         if self.rank == 0:
             if not args.resume:
                 self._make_folder()
-            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
+            with self._writing("the log"):
+                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
             self.tracker = args.track != "none" and importlib.import_module(args.track)
             if self.tracker:
                 self.tracker.init(project="alignment", name=self.folder.name, config=asdict(args))
         silent = self.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=args.steps, initial=done, disable=silent)
 
-        def interrupt(*_):  # the first Ctrl-C ends the run after this step, a second one at once
+        def interrupt(number, _):  # the first ends the run after this step, a second one at once
             self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(number, signal.SIG_DFL)
 
-        signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
         return done
 
     def _make_folder(self) -> None:
@@ -109,22 +125,50 @@ class Run:
         versions = {x.__name__: x.__version__ for x in (torch, transformers, datasets)}
         about = {"script": self.script.name, "command": sys.argv, "args": asdict(self.args),
                  "commit": git.stdout.decode().strip(), "device": gpu, "versions": versions}
+        new = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True)
+            new.mkdir(parents=True)
+            (new / "args.json").write_text(json.dumps(about, indent=2))
+            for source in (self.script, __file__, ROOT / "common.py"):
+                shutil.copy(source, new)
+            self._lock(new)
+            new.rename(self.folder)  # it is there as a whole, or not at all
         except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
             require(False, f"--run-dir {self.folder}: {error.strerror}; name another")
-        (self.folder / "args.json").write_text(json.dumps(about, indent=2))
-        for source in (self.script, __file__, ROOT / "common.py"):
-            shutil.copy(source, self.folder)
+
+    def _lock(self, folder: Path) -> None:
+        """Lets no other process run this folder, until this one ends."""
+        LOCKS.pop(self.folder.resolve(), None)  # of a run that failed in this same process
+        LOCKS[self.folder.resolve()] = file = open(folder / "args.json", "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            require(False, f"--resume {self.folder}: another process runs it; wait, or stop it")
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {self.folder} cannot be locked ({error.strerror}): do not run it "
+                  "twice", file=sys.stderr)
 
     def _identity(self) -> dict:
         return {"script": self.script.name} | asdict(self.args) | {"resume": "", "run_dir": ""}
 
     def _restore(self) -> int:
         path, done = self.folder / "checkpoint" / "state.pt", -1
+        links = [str(link) for link in self.folder.rglob("*") if link.is_symlink()]
+        require(not links, f"--resume {self.folder}: {' '.join(links)}: a link, through which the "
+                "run would write elsewhere; put the file itself in its place")
+        with self._writing("args.json"):
+            if self.rank == 0:
+                self._lock(self.folder)
         if path.exists():  # else the run ended before its first checkpoint, and starts anew
             try:
+                with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+                    require(not archive.testzip(), f"--resume {self.folder}: {path} is damaged: "
+                            "the checksum of a part is wrong")
                 saved = torch.load(path, map_location=self.device, weights_only=True)
+                require(saved.get("format") == FORMAT, f"--resume {self.folder}: {path} is of "
+                        f"format {saved.get('format')}, this version reads {FORMAT}; the sources "
+                        "that wrote it lie in the folder")
                 require(saved["run"] == self._identity(), f"--resume {self.folder}: its checkpoint "
                         "is of another script or of other flags")
                 for name, part in self.state.items():
@@ -133,23 +177,60 @@ class Run:
             except Exception as error:  # a damaged file fails in as many ways as it has bytes
                 require(False, f"--resume {self.folder}: {path} is cut short or damaged "
                         f"({type(error).__name__})")
-        logs = (self.folder / "metrics.jsonl", self.folder / "samples.jsonl")
-        for log in logs if self.rank == 0 else ():
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            log.write_text("".join(line for line in lines if line.endswith("\n")
-                                   and json.loads(line)["step"] <= done))
+        for log in self._logs() if self.rank == 0 else ():
+            self._cut(log, done)
         return max(done, 0)
+
+    def _logs(self) -> list[Path]:
+        paths = (self.folder / "metrics.jsonl", self.folder / "samples.jsonl")
+        return [path for path in paths if path.exists()]
+
+    def _cut(self, log: Path, done: int) -> None:
+        """Drops what was logged after step `done`, in place: a kill meanwhile loses no line."""
+        with self._writing("the log"), open(log, "r+b") as file:
+            kept = 0
+            for line in file:
+                try:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+                        break
+                except (ValueError, TypeError, KeyError):
+                    require(False, f"--resume {self.folder}: {log} is damaged at byte {kept}")
+                kept += len(line)
+            file.truncate(kept)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str):
+        """A full disk or a missing right ends the run with one line; all that was saved is kept."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            require(False, f"--run-dir {self.folder}: cannot write {what}: "
+                    f"{getattr(cause, 'strerror', None) or cause}; mend that, then continue with "
+                    f"--resume {self.folder}")
 
     def save(self, step: int) -> None:
         """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
         path = self.folder / "checkpoint" / "state.pt"
+        new = path.with_suffix(".new")
         if self.rank == 0:
-            path.parent.mkdir(exist_ok=True)
-            with open(path.with_suffix(".new"), "wb") as file:
-                parts = {name: part.state_dict() for name, part in self.state.items()}
-                torch.save({"step": step, "run": self._identity()} | parts, file)
-                os.fsync(file.fileno())
-            os.replace(path.with_suffix(".new"), path)
+            with self._writing("the checkpoint"), contextlib.ExitStack() as failed:
+                path.parent.mkdir(exist_ok=True)
+                failed.callback(new.unlink, missing_ok=True)  # half of it would only take room
+                with open(new, "wb") as file:
+                    parts = {name: part.state_dict() for name, part in self.state.items()}
+                    about = {"format": FORMAT, "step": step, "run": self._identity()}
+                    torch.save(about | parts, file)
+                sync(new, *self._logs())  # no checkpoint without the log of its steps
+                os.replace(new, path)
+                sync(path.parent)
+                failed.pop_all()
+
+    def stopping(self) -> bool:
+        """Whether a signal asked for the end: the same answer in all processes."""
+        asked = torch.tensor(float(self.interrupted), device=self.device)
+        self.average([asked])
+        return bool(asked)
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replaces tensors by their means over all processes."""
@@ -164,16 +245,23 @@ class Run:
         if self.rank:
             return
         metrics = dict(zip(metrics, values.tolist()))
-        for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
-            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        with self._writing("the log"):
+            for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
+                with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
         if self.tracker:
             self.tracker.log(metrics, step=step)
         shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
         self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
+        share, n = metrics.get("weights/ess", 1.0), self.args.samples_per_prompt
+        if share * n < min(1.5, n) and not self.warned:
+            self.warned = True
+            tqdm.write(f"warning: weights/ess is {share:.3f} at step {step}: of {n} samples one "
+                       "takes nearly all the weight; the target's KL weight may be too small",
+                       file=sys.stderr)
         if "eval/reward" in metrics:
             tqdm.write(f"step {step:4}  {shown}")
 
@@ -193,17 +281,30 @@ class Run:
         """Writes final/ and the plot; shows samples of the first and the last evaluation."""
         if self.rank == 0:
             self.bar.close()
-            self.board.close()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             new, final = self.folder / "final.new", self.folder / "final"
-            policy.save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            shutil.rmtree(final, ignore_errors=True)
-            new.rename(final)
-            plot(self.folder)
+            with self._writing("final/"):
+                self.board.close()
+                if not final.exists():  # else the run was killed after it was complete
+                    shutil.rmtree(new, ignore_errors=True)
+                    policy.save_pretrained(new)
+                    tokenizer.save_pretrained(new)
+                    sync(*new.iterdir())
+                    new.rename(final)
+                plot(self.folder)
+            LOCKS.pop(self.folder.resolve(), None)
+            for number, usual in ((signal.SIGINT, signal.default_int_handler),
+                                  (signal.SIGTERM, signal.SIG_DFL)):
+                signal.signal(number, usual)
             show_samples(self.folder)
             print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png and final/ "
                   f"after {time.perf_counter() - self.begun:.0f} s")
+
+def sync(*paths: Path) -> None:
+    """Returns when files and folders are on the disk, so that a power cut does not lose them."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
     """kl/ref (k1) and kl/k3, nats a response: the policy's KL from the reference on samples of the
