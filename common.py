@@ -9,7 +9,6 @@ itself only, and position ids restart after it. A model that gives other numbers
 All randomness is a function of (seed, step, rank): a resumed run needs no random state.
 """
 
-import os
 import random
 import sys
 from dataclasses import dataclass, fields, replace
@@ -17,7 +16,6 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-import datasets
 import torch
 import torch.nn.functional as F
 import transformers
@@ -25,6 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+
+from rows import PLACE, read_splits, split_row
 
 ROOT = Path(__file__).resolve().parent
 MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
@@ -181,6 +181,8 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float) -> tuple[Tenso
     pieces = [read(*piece) for piece in zip(states.split(rows), targets.split(rows))]
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(x)).sum(-1) for x in zip(*pieces))
+    if logprobs.requires_grad:
+        logprobs.register_hook(lambda grad: require_finite(grad, "the gradient", batch))
     return logprobs, entropy
 
 @torch.no_grad()
@@ -377,36 +379,17 @@ def load_reward_model(run, policy, policy_tokenizer) -> RewardModel:
     return RewardModel(model, tokenizer, policy, policy_tokenizer, run.args.reward_eos)
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
+def encode_prompt(tokenizer, prompt: str | list[dict], where="") -> tuple[str, list[int]]:
     """(text, tokens) of a prompt with one start token, where there is one, and no end token. Chat
     messages go through the tokenizer's template, which writes the start token itself."""
     if isinstance(prompt, list):
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template refuses roles in its own way
+            require(False, f"{where or prompt}: chat template of {tokenizer.name_or_path}: {error}")
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     tokens, bare = (tokenizer(prompt, add_special_tokens=x)["input_ids"] for x in (True, False))
     return prompt, tokens[:-1] if tokens[-1:] != bare[-1:] else tokens
-
-def split_row(row: dict, where: object) -> tuple:
-    """(prompt, reference, chosen, rejected) of a row with columns prompt (+ completion), or prompt,
-    chosen, rejected, or chosen, rejected with the prompt in both; texts or lists of messages."""
-    names = ("prompt", "completion", "chosen", "rejected")
-    prompt, completion, chosen, rejected = (row.get(name) for name in names)
-    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        # Two transcripts: the prompt is what they share, up to the assistant's last turn.
-        shared, turn = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
-        cut = shared.rfind(turn) + len(turn) if turn in shared else shared.rfind(" ") + 1
-        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-    answers = [x for x in (completion, chosen, rejected) if x is not None]
-    if answers and isinstance(answers[0], list) and not isinstance(prompt, list):
-        prompt = answers[0][:-1]
-    turns = [x for x in (prompt, *answers) if isinstance(x, list)]
-    good = all(x and all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                         and isinstance(m.get("content"), str) for m in x) for x in turns)
-    require(good and all(isinstance(x, str | list) for x in (prompt, *answers)), f"--dataset "
-            f"{where}: needs text, or lists of messages with role and content, as {names}")
-    completion, chosen, rejected = (answer[-1]["content"] if isinstance(answer, list) else answer
-                                    for answer in (completion, chosen, rejected))
-    return prompt, chosen if completion is None else completion, chosen, rejected
 
 def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) -> list[Prompt]:
     """The first `most` usable prompts of `rows` in `order`; what is dropped is counted and said."""
@@ -414,11 +397,17 @@ def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) 
     for i in order:
         if len(kept) == most:
             break
-        prompt, *answers = split_row(rows[i], f"{args.dataset}: row {i}")
+        where = f"--dataset {args.dataset}: row {i}"
+        try:
+            row = rows[i]
+            where = row.get(PLACE, where)
+            prompt, *answers = split_row(row)
+        except ValueError as error:
+            require(False, f"{where}: {error}")
         messages = prompt if isinstance(prompt, list) else None
         require(not messages or tokenizer.chat_template, f"--dataset {args.dataset}: holds chat "
                 f"messages, but the tokenizer of --policy {args.policy} has no chat template")
-        text, tokens = encode_prompt(tokenizer, prompt) if prompt else ("", [])
+        text, tokens = encode_prompt(tokenizer, prompt, where) if prompt else ("", [])
         if not tokens or not all(answer is None or answer.strip() for answer in answers):
             empty += 1
         elif len(tokens) > args.max_prompt_tokens:
@@ -433,23 +422,23 @@ def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) 
 def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts in random order, as many as the run needs; fixed held-out prompts)."""
     name = args.dataset
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
-    splits = load("--dataset", name, lambda path: datasets.load_dataset(kind, data_files=path)
-                  if kind else datasets.load_dataset(path))
+    splits = load("--dataset", name, read_splits)
     test = [split for split in splits if split.startswith(("test", "valid", "eval"))]
     train = [split for split in splits if split not in test]
     require(train, f"--dataset {name}: has splits {list(splits)}, and none to train on")
-    rows, columns = splits[train[0]], splits[train[0]].column_names
+    rows, held_out = splits[train[0]], splits[(test or train)[0]]
+    columns = getattr(rows, "column_names", None) or list(dict.fromkeys(
+        column for row in rows for column in row if column != PLACE))
     require("prompt" in columns or {"chosen", "rejected"} <= set(columns), f"--dataset {name}: has "
-            f"columns {columns}; needed are prompt (+ completion), or chosen and rejected")
-    held_out = splits[test[0]] if test else None
+            f"columns {columns[:20]}; needed are prompt (+ completion), or chosen and rejected")
+    count, rest = len(rows), range(len(held_out))
     if not test:
-        require(len(rows) > 1, f"--dataset {name}: no usable row beside the one to hold out")
-        first = len(rows) - min(args.eval_prompts, len(rows) // 2)
-        print(f"--dataset {name}: one split only, so its rows from {first} on are held out")
-        held_out, rows = rows.select(range(first, len(rows))), rows.select(range(first))
-    order = random.Random(args.seed).sample(range(len(rows)), len(rows))
-    most, rest = args.steps * args.prompts_per_step, range(len(held_out))
+        require(count > 1, f"--dataset {name}: no usable row beside the one to hold out")
+        count -= min(args.eval_prompts, count // 2)
+        rest = rest[count:]
+        print(f"--dataset {name}: one split only, so its rows from {count} on are held out")
+    order = random.Random(args.seed).sample(range(count), count)
+    most = args.steps * args.prompts_per_step
     return (keep_prompts(args, tokenizer, rows, order, most, "training"),
             keep_prompts(args, tokenizer, held_out, rest, args.eval_prompts, "held-out"))
 

@@ -34,12 +34,13 @@ POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_
             "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
             "eval_prompts", "save_every")  # flags that must be; all other numbers may be 0
 FORMAT = 1  # of checkpoints: raised when what they hold changes
-LOCKS = {}  # open files by run folder, each locked as long as it is open
+LOCKS = {}  # open files by inode, each locked as long as it is open
 HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
 PANELS = {"reward": ("reward/mean", "eval/reward"), "KL from the start model, nats": ("kl/ref",
           "eval/kl"), "win rate": ("eval/win_rate",), "tokens a response": ("length/mean",
           "eval/length"), "entropy, nats a token": ("entropy/token",), "loss": ("loss",)}
 transformers.logging.set_verbosity_error()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
@@ -129,7 +130,7 @@ class Run:
         try:
             new.mkdir(parents=True)
             (new / "args.json").write_text(json.dumps(about, indent=2))
-            for source in (self.script, __file__, ROOT / "common.py"):
+            for source in (self.script, __file__, ROOT / "common.py", ROOT / "rows.py"):
                 shutil.copy(source, new)
             self._lock(new)
             new.rename(self.folder)  # it is there as a whole, or not at all
@@ -139,8 +140,10 @@ class Run:
 
     def _lock(self, folder: Path) -> None:
         """Lets no other process run this folder, until this one ends."""
-        LOCKS.pop(self.folder.resolve(), None)  # of a run that failed in this same process
-        LOCKS[self.folder.resolve()] = file = open(folder / "args.json", "a")
+        file = open(folder / "args.json", "a")
+        self.locked = os.fstat(file.fileno())[1:3]
+        LOCKS.pop(self.locked, None)  # of a run that failed in this same process
+        LOCKS[self.locked] = file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -199,11 +202,14 @@ class Run:
             file.truncate(kept)
 
     @contextlib.contextmanager
-    def _writing(self, what: str):
-        """A full disk or a missing right ends the run with one line; all that was saved is kept."""
+    def _writing(self, what: str, half: Path | None = None):
+        """A full disk or a missing right ends the run with one line; all that was saved is kept, a
+        file that was written by half is not."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
+            with contextlib.suppress(OSError, AttributeError):
+                half.unlink()
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             require(False, f"--run-dir {self.folder}: cannot write {what}: "
                     f"{getattr(cause, 'strerror', None) or cause}; mend that, then continue with "
@@ -214,9 +220,8 @@ class Run:
         path = self.folder / "checkpoint" / "state.pt"
         new = path.with_suffix(".new")
         if self.rank == 0:
-            with self._writing("the checkpoint"), contextlib.ExitStack() as failed:
+            with self._writing("the checkpoint", new):
                 path.parent.mkdir(exist_ok=True)
-                failed.callback(new.unlink, missing_ok=True)  # half of it would only take room
                 with open(new, "wb") as file:
                     parts = {name: part.state_dict() for name, part in self.state.items()}
                     about = {"format": FORMAT, "step": step, "run": self._identity()}
@@ -224,7 +229,6 @@ class Run:
                 sync(new, *self._logs())  # no checkpoint without the log of its steps
                 os.replace(new, path)
                 sync(path.parent)
-                failed.pop_all()
 
     def stopping(self) -> bool:
         """Whether a signal asked for the end: the same answer in all processes."""
@@ -260,8 +264,7 @@ class Run:
         if share * n < min(1.5, n) and not self.warned:
             self.warned = True
             tqdm.write(f"warning: weights/ess is {share:.3f} at step {step}: of {n} samples one "
-                       "takes nearly all the weight; the target's KL weight may be too small",
-                       file=sys.stderr)
+                       "takes nearly all the weight; the target's KL weight may be too small")
         if "eval/reward" in metrics:
             tqdm.write(f"step {step:4}  {shown}")
 
@@ -291,7 +294,7 @@ class Run:
                     sync(*new.iterdir())
                     new.rename(final)
                 plot(self.folder)
-            LOCKS.pop(self.folder.resolve(), None)
+            LOCKS.pop(self.locked)
             for number, usual in ((signal.SIGINT, signal.default_int_handler),
                                   (signal.SIGTERM, signal.SIG_DFL)):
                 signal.signal(number, usual)

@@ -43,12 +43,13 @@ class Process:
     """A script in a process of its own; `prepare` is called in there before main()."""
 
     def __init__(self, script: str, flags: dict[str, object], prepare=None):
-        self.errors, self.began = tempfile.TemporaryFile("w+"), time.perf_counter()
+        self.said, self.errors = (tempfile.TemporaryFile("w+") for _ in range(2))
+        self.began = time.perf_counter()
         sys.stdout.flush()
         self.code, self.pid = None, os.fork()
         if self.pid == 0:
             os.dup2(self.errors.fileno(), 2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(self.said.fileno(), 1)
             self._be(SCRIPTS[script], words(flags), prepare)
 
     def _be(self, script, argv: list[str], prepare) -> None:
@@ -69,6 +70,7 @@ class Process:
         except BaseException:
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
 

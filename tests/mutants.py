@@ -151,7 +151,7 @@ MUTANTS = [
     ("common.py", "elif len(tokens) > args.max_prompt_tokens:", "elif False:", SCRIPTS, "dropped"),
     ("common.py", "use_safetensors=True", "use_safetensors=None", SCRIPTS, "pickle"),
     ("common.py", "+ 0.5 * (values", "+ 0.0 * (values", SCRIPTS, "ties"),
-    ("common.py", "chosen if completion is None else completion, chosen", "completion, chosen", SCRIPTS,
+    ("rows.py", "chosen if completion is None else completion, chosen", "completion, chosen", SCRIPTS,
      "every_format"),
     # runlog.py
     ("runlog.py", "weights = torch.softmax((logprobs - proposal_logprobs)",

@@ -91,13 +91,13 @@ def test_missing_folders_and_hub_names_offline(flags, capsys, flag, name):
 # ── data ──
 @pytest.mark.parametrize("data, reason", [
     ([{"question": "a", "answer": "b"}] * 8, "columns ['question', 'answer']"),
-    ([{"prompt": 3, "completion": "b"}] * 8, "row"),
-    ([{"prompt": "a film", "completion": 3}] * 8, "row"),
-    ([{"prompt": {"text": "a"}, "completion": "b"}] * 8, "row"),
+    ([{"prompt": 3, "completion": "b"}] * 8, "line"),
+    ([{"prompt": "a film", "completion": 3}] * 8, "line"),
+    ([{"prompt": {"text": "a"}, "completion": "b"}] * 8, "line"),
     ([{"prompt": ["a", "film"], "completion": "b"}] * 8, ""),
-    ([{"prompt": None, "completion": "b"}] * 8, "row"),
-    ([{"chosen": "a good", "rejected": 5}] * 8, "row"),
-    ([{"prompt": "a film", "chosen": [], "rejected": []}] * 8, "row"),
+    ([{"prompt": None, "completion": "b"}] * 8, "line"),
+    ([{"chosen": "a good", "rejected": 5}] * 8, "line"),
+    ([{"prompt": "a film", "chosen": [], "rejected": []}] * 8, "line"),
     ([{"prompt": "", "completion": "b"}] * 8, "no usable training prompt"),
     ([{"prompt": "a film", "completion": ""}] * 8, "no usable training prompt"),
     ([{"prompt": "the film " * 9, "completion": "b"}] * 8, "no usable training prompt"),
@@ -107,7 +107,7 @@ def test_missing_folders_and_hub_names_offline(flags, capsys, flag, name):
     ([{"chosen": CHAT, "rejected": CHAT}] * 8, "no chat template"),
 ])
 def test_data_that_cannot_be_used(flags, capsys, tmp_path, data, reason):
-    """Columns are listed, a row of a wrong type has its number."""
+    """Columns are listed, a row of a wrong type has its file and line."""
     path = write_jsonl(tmp_path / "data.jsonl", data)
     assert reason in refused(flags, capsys, dataset=path)
 
@@ -122,7 +122,7 @@ def test_messages_without_role_or_content(flags, capsys, tmp_path, message, colu
     policy = save(tmp_path / "policy", model("llama", tokenizer), tokenizer)
     data = [{"prompt": CHAT[:1], "completion": CHAT[1:]} | {column: [message]}] * 8
     path = write_jsonl(tmp_path / "data.jsonl", data)
-    assert "row" in refused(flags | {"--policy": policy}, capsys, dataset=path)
+    assert "line" in refused(flags | {"--policy": policy}, capsys, dataset=path)
 
 
 def test_chat_data_and_a_reward_model_without_a_template(flags, capsys, tmp_path):
