@@ -42,9 +42,10 @@ def words(flags: dict[str, object]) -> list[str]:
 class Process:
     """A script in a process of its own; `prepare` is called in there before main()."""
 
-    def __init__(self, script: str, flags: dict[str, object], prepare=None):
+    def __init__(self, script: str, flags: dict[str, object], prepare=None,
+                 patience: float = PATIENCE):
         self.said, self.errors = (tempfile.TemporaryFile("w+") for _ in range(2))
-        self.began = time.perf_counter()
+        self.began, self.patience = time.perf_counter(), patience
         sys.stdout.flush()
         self.code, self.pid = None, os.fork()
         if self.pid == 0:
@@ -84,7 +85,7 @@ class Process:
     def until(self, condition=lambda: False) -> bool:
         """Waits for `condition` or the end; whether the process still runs."""
         while self.running() and not condition():
-            if time.perf_counter() - self.began > PATIENCE:
+            if time.perf_counter() - self.began > self.patience:
                 self.send(signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 self.code = 999  # hangs
