@@ -52,6 +52,8 @@ class Args:
     """kills a script"""
     faults: tuple[str, ...] = ("kills", "disk", "files", "processes", "clock", "numbers", "data")
     """which faults"""
+    flips: int = 20
+    """checkpoints with one flipped bit, a script"""
     inputs: int = 5000
     """hostile data files"""
     seed: int = 1
@@ -283,7 +285,7 @@ def lock(folder: Path, folders: int, files: int) -> None:
 
 
 # ── files that are damaged, foreign, old ──
-def files(world: World) -> Iterator[Outcome]:
+def files(world: World, flips: int) -> Iterator[Outcome]:
     """Checkpoints that are not what was saved; the intact one continues."""
     folder = world.new()
     process = world.start(folder)
@@ -298,7 +300,7 @@ def files(world: World) -> Iterator[Outcome]:
         *((f"checkpoint cut at {at} of {size} bytes", lambda at=at: state.write_bytes(good[:at]),
            "damaged") for at in (0, 100, size // 2, size - 1)),
         *(("checkpoint with one bit flipped", lambda: flip(state, good, world.random), "damaged")
-          for _ in range(20)),
+          for _ in range(flips)),
         ("checkpoint that is another file", lambda: state.write_bytes(text), "damaged"),
         ("checkpoint of another program", lambda: torch.save({"model": {}}, state), "format"),
         ("checkpoint of another script", lambda: torch.save(
@@ -318,19 +320,21 @@ def files(world: World) -> Iterator[Outcome]:
 
 
 def flip(path: Path, good: bytes, draws: random.Random) -> None:
-    """Writes `good` with one bit of its data flipped."""
-    damaged, at = bytearray(good), draws.choice(data_bytes(path, good))
+    """Writes `good` with one bit of a member flipped."""
+    damaged, at = bytearray(good), draws.choice(data_bytes(path, good, draws))
     damaged[at] ^= 1 << draws.randrange(8)
     path.write_bytes(damaged)
 
 
-def data_bytes(path: Path, good: bytes) -> range:
+def data_bytes(path: Path, good: bytes, draws: random.Random) -> range:
     """Where in a checkpoint the bytes of one of its members lie: the rest is padding and names."""
     path.write_bytes(good)
     with zipfile.ZipFile(path) as archive:
-        member = max(archive.infolist(), key=lambda x: x.file_size)
-    end = member.header_offset + 30 + len(member.filename) + member.file_size
-    return range(member.header_offset + 200, end)
+        member = draws.choice(archive.infolist())
+    name, extra = (int.from_bytes(good[member.header_offset + at :][:2], "little")
+                   for at in (26, 28))
+    start = member.header_offset + 30 + name + extra
+    return range(start, start + member.file_size)
 
 
 # ── two processes, signals that repeat, clocks ──
@@ -597,8 +601,8 @@ def campaign(args: Args, folder: Path) -> Iterator[tuple[str, Outcome]]:
     for script in args.scripts:
         world = World(script, folder / script, args.seed)
         groups = {"kills": lambda w: kills(w, args.kills), "disk": lambda w: disk(w, small),
-                  "files": files, "processes": processes, "clock": clock,
-                  "numbers": numbers,
+                  "files": lambda w: files(w, args.flips), "processes": processes,
+                  "clock": clock, "numbers": numbers,
                   "data": lambda w: data(w, args.inputs) if w.script == args.scripts[0] else ()}
         for name in args.faults:
             for outcome in groups[name](world):

@@ -46,7 +46,8 @@ def slope(x: list[float], y: list[float]) -> float:
 
 def watch(script: str, run: Path, steps: int) -> dict:
     """Runs a script, looks at it from outside, and reads its log."""
-    process, seen = Process(script, FLAGS | {"--steps": steps, "--run-dir": run}, None, PATIENCE), []
+    flags, seen = FLAGS | {"--steps": steps, "--run-dir": run}, []
+    process = Process(script, flags, None, PATIENCE)
     here = Path("/proc", str(process.pid))
     while process.running():
         done = lines(run / "metrics.jsonl") - 1
