@@ -64,6 +64,7 @@ import runlog
 
 MOST = 1e300  # of Ẑ: what is more has no place in a log
 
+
 @dataclass
 class Args:
     policy: str = "assets/tiny/sft"

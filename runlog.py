@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import dynamic_module_utils
 
 from common import ROOT, load, require
 
@@ -43,6 +44,7 @@ transformers.logging.set_verbosity_error()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # a checkpoint's own code: never run, nor asked about
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
 
 def _excepthook(failure, usual=threading.excepthook):
