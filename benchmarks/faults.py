@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.forked import SCRIPTS, Process, forget_caches, lines, run  # before all else
+from benchmarks.forked import SCRIPTS, Process, command_line, forget_caches, lines, run  # first
 
 import datasets  # isort: skip
 import torch  # isort: skip
@@ -617,8 +617,7 @@ def main(args: Args) -> None:
         command = ["unshare", "--mount", *["--map-root-user"] * bool(os.getuid()), sys.executable,
                    "-m", "benchmarks.faults", *sys.argv[1:]]
         raise SystemExit(subprocess.run(command, env=os.environ | {"OWN_MOUNTS": "1"}).returncode)
-    command = " ".join(["python -m benchmarks.faults", *sys.argv[1:]])
-    where, total, lost = {"command": command} | about(), 0, 0
+    where, total, lost = {"command": command_line("benchmarks.faults")} | about(), 0, 0
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o777)

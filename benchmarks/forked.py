@@ -113,6 +113,13 @@ def forget_caches() -> None:
     shutil.rmtree(_caches, ignore_errors=True)
 
 
+def command_line(module: str) -> str:
+    """How this process was started, but for where its results go."""
+    kept = [word for before, word in zip(["", *sys.argv[1:]], sys.argv[1:])
+            if "--results" not in (before, word)]
+    return " ".join(["python -m", module, *kept])
+
+
 def lines(path: Path) -> int:
     """Whole lines of a log."""
     return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -12,13 +12,12 @@ last quarter, and median seconds a step of the first and the last 100 steps.
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.forked import SCRIPTS, Process, forget_caches, lines  # before all else
+from benchmarks.forked import SCRIPTS, Process, command_line, forget_caches, lines  # first
 
 import tyro  # isort: skip
 
@@ -74,7 +73,7 @@ def watch(script: str, run: Path, steps: int) -> dict:
 
 def main(args: Args) -> None:
     """One script after the other."""
-    command = " ".join(["python -m benchmarks.long_run", *sys.argv[1:]])
+    command = command_line("benchmarks.long_run")
     for script in args.scripts:
         with tempfile.TemporaryDirectory() as folder:
             result = {"script": script} | watch(script, Path(folder, "run"), args.steps)
