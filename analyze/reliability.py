@@ -92,8 +92,8 @@ def main() -> None:
     early = sum(x["seen"]["checkpoint"] is False for x in kills)
     print(f"{len(kills)} kills, {early} of them before the first checkpoint. A signal at a random "
           "instant of the whole process, set-up and end included; or aimed: sent within 10 ms of "
-          "the moment at which the new checkpoint, or `final/`, began to be written, and counted only "
-          "if the half-written file was left behind.\n")
+          "the moment at which the new checkpoint, or `final/`, began to be written, and counted "
+          "only if the half-written file was left behind.\n")
     print(table(head, counts(kills)))
     print(commands(kills))
     print("## Disks, files, processes, clocks, numbers\n")
@@ -126,8 +126,8 @@ def main() -> None:
     print("## Not tried\n")
     print("A power cut (files are flushed to the disk before they are renamed, but no disk was "
           "unplugged), a GPU that fails, faults of runs on several processes, network file "
-          "systems. A NaN that arises inside the model, behind the log-probs, is found in the gradient's "
-          "norm: the run stops before the update and names the step, not the prompt.")
+          "systems. A NaN that arises inside the model, behind the log-probs, is found in the "
+          "gradient's norm: the run stops before the update and names the step, not the prompt.")
 
 
 if __name__ == "__main__":

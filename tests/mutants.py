@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE, SCRIPTS = "tests/test_core.py", "tests/test_scripts.py"
 BRAIN, GDC, DPO, WIND, BOND = (f"tests/test_method_{name}.py"
                                for name in ("brain", "gdc", "dpo", "wind", "bond"))
+BAD, FAULTS, FUZZ, SECURITY = (f"tests/test_{name}.py"
+                               for name in ("bad_input", "faults", "fuzz", "security"))
 RESUME = "tests/test_siblings.py::test_every_variant_runs_resumes_and_splits[{}]"
 MUTANTS = [
     # brain.py
@@ -157,10 +159,25 @@ MUTANTS = [
     ("runlog.py", "weights = torch.softmax((logprobs - proposal_logprobs)",
      "weights = torch.softmax(0 * (logprobs - proposal_logprobs)", BRAIN, "kl_estimates"),
     ("runlog.py", "(ratio.exp() - 1 - ratio)", "(ratio.exp() - 1 + ratio)", BRAIN, "kl_estimates"),
-    ("runlog.py", '["step"] <= done', '["step"] <= done + 1', SCRIPTS, "bug29"),
+    ("runlog.py", '["step"] > done', '["step"] > done + 1', SCRIPTS, "bug29"),
     ("runlog.py", "weights_only=True", "weights_only=False", SCRIPTS, "pickle_inside"),
     ("runlog.py", "dist.all_reduce(tensor)", "pass", SCRIPTS, "two_processes"),
-    ("runlog.py", "logs if self.rank == 0 else ()", "()", SCRIPTS, "bug29"),
+    ("runlog.py", "self._logs() if self.rank == 0 else ()", "()", SCRIPTS, "bug29"),
+    ("runlog.py", "require(not archive.testzip()", "require(True", BAD, "damaged_checkpoint and bit"),
+    ("runlog.py", 'saved.get("format") == FORMAT', "True", BAD, "damaged_checkpoint and older"),
+    ("runlog.py", "require(not links", "require(True", FAULTS, "links"),
+    ("runlog.py", "self.average([asked])", "pass", FAULTS, "all_processes"),
+    ("runlog.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", FAULTS, "holds_its_folder"),
+    ("runlog.py", "min(1.5, n) and not self.warned", "min(1.5, n)", FAULTS, "said_once"),
+    ("runlog.py", "TIME_OUT_REMOTE_CODE = 0", "TIME_OUT_REMOTE_CODE = 9", SECURITY, "own_code"),
+    ("brain.py", "common.require(grad_norm.isfinite(),", "common.require(True,", FAULTS,
+     "changes_no_weight"),
+    ("common.py", "if logprobs.requires_grad:", "if False:", FAULTS, "names_the_prompt"),
+    # rows.py
+    ("rows.py", "object_pairs_hook=_object", "object_pairs_hook=dict", FUZZ, "line_is_named"),
+    ("rows.py", "json.dumps(row, ensure_ascii=False).encode()", "pass", FUZZ, "line_is_named"),
+    ("rows.py", 'split(b"\n"), 1)', 'split(b"\n"), 0)', FUZZ, "line_is_named"),
+    ("rows.py", 'x.endswith(".jsonl")', "False", FUZZ, "line_is_named"),
 ]
 
 
@@ -171,7 +188,7 @@ def survives(mutant: tuple[str, str, str, str, str]) -> str:
     if source.count(old) != 1:
         return f"the old text occurs {source.count(old)} times"
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("tests", "docs", "prepare", "analyze"):
+        for name in ("tests", "docs", "prepare", "analyze", "benchmarks"):
             shutil.copytree(ROOT / name, Path(folder, name))
         for name in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
             shutil.copy(name, folder)

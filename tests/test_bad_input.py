@@ -392,16 +392,22 @@ def test_resume_of_a_checkpoint_of_other_flags(run, capsys):
     assert "other flags" in refusal({"--resume": str(run)}, capsys)
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "garbage", "foreign"])
+@pytest.mark.parametrize("damage", ["half", "empty", "garbage", "foreign", "older", "bit"])
 def test_resume_of_a_damaged_checkpoint(run, capsys, damage):
     """The logs, which resume cuts back, are left as they are."""
     state, log = run / "checkpoint" / "state.pt", (run / "metrics.jsonl").read_text()
+    saved, good = torch.load(state, weights_only=True), state.read_bytes()
     if damage == "foreign":
         torch.save({"step": 1}, state)
+    elif damage == "older":
+        torch.save({name: part for name, part in saved.items() if name != "format"}, state)
     else:
-        state.write_bytes({"half": state.read_bytes()[: state.stat().st_size // 2], "empty": b"",
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 16
+        state.write_bytes({"half": good[: len(good) // 2], "empty": b"", "bit": flipped,
                            "garbage": b"no checkpoint at all"}[damage])
     error = refusal({"--resume": str(run)}, capsys)
+    assert ("of format None" in error) == (damage in ("foreign", "older"))
     assert f"--resume {run}" in error and "state.pt" in error
     assert (run / "metrics.jsonl").read_text() == log
 

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import read_log, refusal, train, word_world
+from models import make_model
 
 import brain
+import common
 import runlog
 
 ROOT = Path(brain.__file__).parent
@@ -113,12 +115,34 @@ def test_a_file_system_without_locks_is_said(run, monkeypatch, capsys):
     assert "cannot be locked" in capsys.readouterr().err and (run / "final").exists()
 
 
-def test_the_checkpoint_has_a_format_and_a_finished_run_no_lock(run):
-    state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
-    assert state["format"] == runlog.FORMAT and state["step"] == 2
-    train({"--resume": str(run)})
+def locked(run: Path) -> bool:
+    """Whether somebody holds the run folder."""
     with open(run / "args.json") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def test_a_run_holds_its_folder_until_it_ends(run, monkeypatch):
+    seen, log = [], runlog.Run.log
+    monkeypatch.setattr(runlog.Run, "log", lambda *inputs: (seen.append(locked(run)), log(*inputs)))
+    train({"--resume": str(run)})
+    assert seen == [True] and not locked(run)
+
+
+def test_a_gradient_of_nan_names_the_prompt(capsys):
+    """Of the second of three prompts, before it reaches the model."""
+    ids = [[5, 6], [7], [8, 9, 10]]
+    batch = common.make_batch([common.Prompt(str(x), x) for x in ids], ids, [[[5], [6, 1]]] * 3,
+                              torch.device("cpu"))
+    policy = make_model("llama")
+    logprobs, _ = common.logprobs_and_entropy(policy, batch, 1.0)
+    with pytest.raises(SystemExit):
+        (logprobs * torch.tensor([[1.0], [float("nan")], [1.0]])).sum().backward()
+    assert "the gradient is NaN or infinite for the prompt '[7]'" in capsys.readouterr().err
+    assert all(weight.grad is None for weight in policy.parameters())
 
 
 @pytest.mark.parametrize("others, expected", [(0.0, False), (0.25, True)])
@@ -161,6 +185,13 @@ def test_a_gradient_that_is_nan_changes_no_weight(world, tmp_path, monkeypatch, 
     assert len(steps) == 1 == state["step"]
     assert all(weight.isfinite().all() for weight in state["policy"].values())
     assert json.loads((tmp_path / "run" / "args.json").read_text())
+
+
+def test_the_page_on_reliability_is_up_to_date():
+    done = subprocess.run([sys.executable, "-m", "analyze.reliability"], cwd=ROOT, check=True,
+                          capture_output=True, text=True)
+    assert done.stdout == (ROOT / "docs" / "reliability.md").read_text()
+    assert "lost: **nothing**" in done.stdout
 
 
 def test_a_longer_run_leaks_nothing(tmp_path):
