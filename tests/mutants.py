@@ -176,7 +176,7 @@ MUTANTS = [
     # rows.py
     ("rows.py", "object_pairs_hook=_object", "object_pairs_hook=dict", FUZZ, "line_is_named"),
     ("rows.py", "json.dumps(row, ensure_ascii=False).encode()", "pass", FUZZ, "line_is_named"),
-    ("rows.py", 'split(b"\n"), 1)', 'split(b"\n"), 0)', FUZZ, "line_is_named"),
+    ("rows.py", 'split(b"\\n"), 1)', 'split(b"\\n"), 0)', FUZZ, "line_is_named"),
     ("rows.py", 'x.endswith(".jsonl")', "False", FUZZ, "line_is_named"),
 ]
 
