@@ -263,7 +263,7 @@ class Run:
         self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
         share, n = metrics.get("weights/ess", 1.0), self.args.samples_per_prompt
-        if share * n < min(1.5, n) and not self.warned:
+        if share * n < min(1.25, n) and not self.warned:
             self.warned = True
             tqdm.write(f"warning: weights/ess is {share:.3f} at step {step}: of {n} samples one "
                        "takes nearly all the weight; the target's KL weight may be too small")

@@ -463,7 +463,7 @@ def numbers(world: World) -> Iterator[Outcome]:
         if "weights/ess" in steps[-1]:
             seen["weights/ess"] = round(steps[min(5, len(steps) - 1)]["weights/ess"], 3)
             low = [x for x in steps[1:]
-                   if x["weights/ess"] * FLAGS["--samples-per-prompt"] < 1.5]
+                   if x["weights/ess"] * FLAGS["--samples-per-prompt"] < 1.25]
             problems += [f"{warned} warnings at {len(low)} steps with one-hot weights"] * (
                 warned != bool(low))
         yield Outcome(name, problems, seen)

@@ -168,7 +168,7 @@ MUTANTS = [
     ("runlog.py", "require(not links", "require(True", FAULTS, "links"),
     ("runlog.py", "self.average([asked])", "pass", FAULTS, "all_processes"),
     ("runlog.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", FAULTS, "holds_its_folder"),
-    ("runlog.py", "min(1.5, n) and not self.warned", "min(1.5, n)", FAULTS, "said_once"),
+    ("runlog.py", "min(1.25, n) and not self.warned", "min(1.25, n)", FAULTS, "said_once"),
     ("runlog.py", "TIME_OUT_REMOTE_CODE = 0", "TIME_OUT_REMOTE_CODE = 9", SECURITY, "own_code"),
     ("brain.py", "common.require(grad_norm.isfinite(),", "common.require(True,", FAULTS,
      "changes_no_weight"),
