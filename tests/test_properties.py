@@ -20,7 +20,7 @@ import runlog
 import wind
 
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, max_examples=40, database=None,
+    "repeatable", derandomize=True, deadline=None, max_examples=25, database=None,
     suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile("repeatable")
 MODELS = {name: make_model(name) for name in ("gpt2", "llama", "gemma2")}
@@ -234,7 +234,7 @@ JUDGE = common.RewardModel(make_model("gpt2", len(WORDS), labels=1, seed=2), WOR
 
 @given(st.lists(st.tuples(rows, st.floats(-1, 1, width=32)), min_size=1, max_size=7),
        st.integers(1, 3), st.integers(1, 5), st.integers(0, 3), st.booleans())
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=12)
 def test_an_evaluation_is_the_mean_of_its_samples(prompts, per_step, longest, micro, references):
     """Whatever the number of prompts and the size of a pass: a ragged end counts as all others."""
     held_out = [common.Prompt(str(i), [t % len(WORDS) for t in ids], "good",
