@@ -23,8 +23,8 @@ import tyro  # isort: skip
 
 from benchmarks.where import ROOT, about  # isort: skip
 
-FLAGS = {"--prompts-per-step": 2, "--samples-per-prompt": 4, "--max-response-tokens": 6,
-         "--eval-prompts": 4, "--eval-every": 100, "--save-every": 100, "--lr": 1e-9}
+FLAGS = {"--prompts-per-step": 1, "--samples-per-prompt": 2, "--max-response-tokens": 3,
+         "--eval-prompts": 2, "--eval-every": 100, "--save-every": 100, "--lr": 1e-9}
 PATIENCE = 1800  # seconds
 
 
