@@ -42,12 +42,17 @@ def table(head: list[str], rows: list[list[object]]) -> str:
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
+def name_of(line: dict) -> str:
+    """The row that a fault belongs to."""
+    fault = line["fault"]
+    return next((TABLE[start] for start in TABLE if fault.startswith(start)), fault)
+
+
 def counts(faults: list[dict]) -> list[list[object]]:
     """A row a fault, `survived of tried` a script."""
     tried, survived = defaultdict(Counter), defaultdict(Counter)
     for line in faults:
-        name = next((TABLE[start] for start in TABLE if line["fault"].startswith(start)),
-                    line["fault"])
+        name = name_of(line)
         tried[name][line["script"]] += 1
         survived[name][line["script"]] += line["survived"]
     return [[name, *(f"{survived[name][s]} of {tried[name][s]}" if tried[name][s] else ""
@@ -60,7 +65,7 @@ def said(faults: list[dict]) -> list[list[object]]:
     for fault in faults:
         line = (fault["seen"].get("line") or "").strip()
         if line and fault["script"] == "brain":
-            lines.setdefault(fault["fault"].split(" of ")[0].rstrip("0123456789 "), line)
+            lines.setdefault(name_of(fault), line)
     return [[name, f"`{line}`"] for name, line in lines.items()]
 
 
@@ -71,7 +76,8 @@ def commands(lines: list[dict]) -> str:
     places = "; ".join(f"commit {commit}, {cores} cores {machine}, torch {torch}, transformers {hf}"
                        for commit, cores, machine, torch, hf in where)
     return ("```\n" + "".join(f"{x}\n" for x in dict.fromkeys(x["command"] for x in lines))
-            + f"```\n\n({places})\n")
+            + f"```\n\n({places}; where other work on the machine cut a command short, a further one "
+            "made up for it)\n")
 
 
 def main() -> None:
