@@ -10,14 +10,10 @@ that gives other numbers is fed plain rows.
 All randomness is a function of (seed, step, rank): a resumed run needs no random state.
 """
 
-import os
-import random
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 
-import datasets
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,7 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
-from runlog import load, require, through
+from prompts import Prompt, encode_prompt, load_prompts, pick, seed_of  # noqa: F401 - for scripts
+from runlog import load, require
+from shards import through
 
 MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
 
@@ -36,17 +34,6 @@ def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
         require(ok, f"{what} is NaN or infinite for the prompt {prompt.text!r}; checkpoint is kept")
 
 # ── A batch: P prompts, each held once, N responses beside each ───────────────────────────────────
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the policy reads it, and what the data set answers to it."""
-    text: str
-    tokens: list[int]
-    reference: str | None = None  # the data set's completion, or else its chosen response
-    chosen: str | None = None
-    rejected: str | None = None
-    messages: list[dict] | None = None  # set when the data set holds chat messages
-    reference_reward: float | None = None  # set on held-out prompts
-
 @dataclass
 class Batch:
     """`batch[rows]` cuts out prompts with all their responses, and padding none of them needs."""
@@ -208,6 +195,8 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
     pieces = [read(*piece) for piece in zip(states.split(rows), targets.split(rows))]
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(x)).sum(-1) for x in zip(*pieces))
+    if logprobs.requires_grad:
+        logprobs.register_hook(lambda grad: require_finite(grad, "the gradient", batch))
     return logprobs, entropy
 
 @torch.no_grad()
@@ -411,94 +400,7 @@ def load_reward_model(run, policy, policy_tokenizer) -> RewardModel:
     model.requires_grad_(False).score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
     return RewardModel(run.shard(model), tokenizer, policy, policy_tokenizer, run.args.reward_eos)
 
-# ── Prompts ───────────────────────────────────────────────────────────────────────────────────────
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
-    """(text, tokens) of a prompt with one start token, where there is one, and no end token. Chat
-    messages go through the tokenizer's template, which writes the start token itself."""
-    if isinstance(prompt, list):
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokens, bare = (tokenizer(prompt, add_special_tokens=x)["input_ids"] for x in (True, False))
-    return prompt, tokens[:-1] if tokens[-1:] != bare[-1:] else tokens
-
-def split_row(row: dict, where: object) -> tuple:
-    """(prompt, reference, chosen, rejected) of a row with columns prompt (+ completion), or prompt,
-    chosen, rejected, or chosen, rejected with the prompt in both; texts or lists of messages."""
-    names = ("prompt", "completion", "chosen", "rejected")
-    prompt, completion, chosen, rejected = (row.get(name) for name in names)
-    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        # Two transcripts: the prompt is what they share, up to the assistant's last turn.
-        shared, turn = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
-        cut = shared.rfind(turn) + len(turn) if turn in shared else shared.rfind(" ") + 1
-        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-    answers = [x for x in (completion, chosen, rejected) if x is not None]
-    if answers and isinstance(answers[0], list) and not isinstance(prompt, list):
-        prompt = answers[0][:-1]
-    turns = [x for x in (prompt, *answers) if isinstance(x, list)]
-    good = all(x and all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                         and isinstance(m.get("content"), str) for m in x) for x in turns)
-    require(good and all(isinstance(x, str | list) for x in (prompt, *answers)), f"--dataset "
-            f"{where}: needs text, or lists of messages with role and content, as {names}")
-    completion, chosen, rejected = (answer[-1]["content"] if isinstance(answer, list) else answer
-                                    for answer in (completion, chosen, rejected))
-    return prompt, chosen if completion is None else completion, chosen, rejected
-
-def keep_prompts(args, tokenizer, rows, order: list[int], most: int, what: str) -> list[Prompt]:
-    """The first `most` usable prompts of `rows` in `order`; what is dropped is counted and said."""
-    kept, empty, long = [], 0, 0
-    for i in order:
-        if len(kept) == most:
-            break
-        prompt, *answers = split_row(rows[i], f"{args.dataset}: row {i}")
-        messages = prompt if isinstance(prompt, list) else None
-        require(not messages or tokenizer.chat_template, f"--dataset {args.dataset}: holds chat "
-                f"messages, but the tokenizer of --policy {args.policy} has no chat template")
-        text, tokens = encode_prompt(tokenizer, prompt) if prompt else ("", [])
-        if not tokens or not all(answer is None or answer.strip() for answer in answers):
-            empty += 1
-        elif len(tokens) > args.max_prompt_tokens:
-            long += 1
-        else:
-            kept.append(Prompt(text, tokens, *answers, messages))
-    print(f"{len(kept):,} {what} prompts; dropped {empty} with an empty prompt or completion and "
-          f"{long} longer than --max-prompt-tokens {args.max_prompt_tokens}")
-    require(kept, f"--dataset {args.dataset}: no usable {what} prompt")
-    return kept
-
-def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts in random order, as many as the run needs; fixed held-out prompts)."""
-    name = args.dataset
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
-    splits = load("--dataset", name, lambda path: datasets.load_dataset(kind, data_files=path)
-                  if kind else datasets.load_dataset(path))
-    test = [split for split in splits if split.startswith(("test", "valid", "eval"))]
-    train = [split for split in splits if split not in test]
-    require(train, f"--dataset {name}: has splits {list(splits)}, and none to train on")
-    rows, columns = splits[train[0]], splits[train[0]].column_names
-    require("prompt" in columns or {"chosen", "rejected"} <= set(columns), f"--dataset {name}: has "
-            f"columns {columns}; needed are prompt (+ completion), or chosen and rejected")
-    held_out = splits[test[0]] if test else None
-    if not test:
-        require(len(rows) > 1, f"--dataset {name}: no usable row beside the one to hold out")
-        first = len(rows) - min(args.eval_prompts, len(rows) // 2)
-        print(f"--dataset {name}: one split only, so its rows from {first} on are held out")
-        held_out, rows = rows.select(range(first, len(rows))), rows.select(range(first))
-    order = random.Random(args.seed).sample(range(len(rows)), len(rows))
-    most, rest = args.steps * args.prompts_per_step, range(len(held_out))
-    return (keep_prompts(args, tokenizer, rows, order, most, "training"),
-            keep_prompts(args, tokenizer, held_out, rest, args.eval_prompts, "held-out"))
-
-def pick(prompts: list[Prompt], step: int, args, rank: int, world: int) -> list[Prompt]:
-    """This process's share of the prompts of `step` (from 1); every lap has an order of its own."""
-    steps = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
-    orders = {lap: random.Random(seed_of(args.seed, "order", lap)).sample(prompts, len(prompts))
-              for lap in {i // len(prompts) for i in steps}}
-    return [orders[i // len(prompts)][i % len(prompts)] for i in steps][rank::world]
-
-def seed_of(*parts) -> int:
-    """A seed for a generator from whatever tells its draws from all others."""
-    return random.Random(repr(parts)).getrandbits(63)
-
+# ── Evaluation ────────────────────────────────────────────────────────────────────────────────────
 def score_references(judge: RewardModel, prompts: list[Prompt], size: int) -> list[Prompt]:
     """The prompts with the rewards of their references, if all have one; `size` prompts a pass."""
     if any(prompt.reference is None for prompt in prompts):

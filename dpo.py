@@ -211,6 +211,8 @@ def main(args: Args) -> dict[str, float]:
                 (loss.sum() / len(prompts)).backward()
                 passes.append((logprobs.detach(), entropy, loss.detach()))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            common.require(grad_norm.isfinite(), f"the gradient of step {step} is NaN or infinite; "
+                           "the last checkpoint is kept")
             optimizer.step()
             optimizer.zero_grad()
 

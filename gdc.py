@@ -61,6 +61,8 @@ from torch import Tensor
 import common
 import runlog
 
+MOST = 1e300  # of Ẑ: what is more has no place in a log
+
 
 @dataclass
 class Args:
@@ -203,7 +205,10 @@ def main(args: Args) -> dict[str, float]:
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = common.logprobs(proposal, batch, args.temperature, args.micro_batch)
         log_w = log_weights(ref_logprobs, rewards, proposal_logprobs, args.beta)
-        mean = run.average(log_w.double().exp().mean())
+        raw = log_w.double().exp()
+        if args.normalizer == "running":  # an infinite mean would make all weights 0
+            common.require_finite(raw, "the weight", batch)
+        mean = run.average(raw.clamp(max=MOST).mean())
         running[0].lerp_(mean, 1 / step)  # the mean over all samples so far
         log_z = log_mean_weight(log_w) if args.normalizer == "prompt" else running[0].log()
         weights = (log_w - log_z).exp().float()
@@ -221,6 +226,8 @@ def main(args: Args) -> dict[str, float]:
                 (loss.sum() / len(prompts)).backward()
                 passes.append((logprobs.detach(), entropy, loss.detach()))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            common.require(grad_norm.isfinite(), f"the gradient of step {step} is NaN or infinite; "
+                           "the last checkpoint is kept")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -262,7 +269,8 @@ def main(args: Args) -> dict[str, float]:
 
         # ── log of the method ──
         ess = 1 / log_w.softmax(1).square().sum(1) / args.samples_per_prompt
-        metrics |= {"weights/ess": ess.mean(), "gdc/z": log_z.double().exp().mean(), **tested}
+        z = log_z.double().exp().clamp(max=MOST)
+        metrics |= {"weights/ess": ess.mean(), "gdc/z": z.mean(), **tested}
 
         # ── evaluate ──
         samples = []

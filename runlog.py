@@ -1,6 +1,8 @@
 """A run: its flags, errors, processes and shards, folder, log, checkpoint and clock."""
 
+import contextlib
 import copy
+import fcntl
 import importlib
 import json
 import math
@@ -11,10 +13,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import zipfile
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial, wraps
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,26 +27,32 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed import fsdp
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import Module, ModuleList, Parameter
-from torch.optim import Optimizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import dynamic_module_utils
+
+from shards import around, blocks_of, shares, spread, through
 
 ROOT = Path(__file__).resolve().parent
+SHARED = ("common.py", "prompts.py", "runlog.py", "shards.py")
 POSITIVE = ("prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens",
             "temperature", "steps", "updates_per_sample", "lr", "max_grad_norm", "eval_every",
             "eval_prompts", "save_every")  # flags that must be; all other numbers may be 0
+FORMAT = 1  # of checkpoints: raised when what they hold changes
+LOCKS = {}  # open files by inode, each locked as long as it is open
 HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
 PANELS = {"reward": ("reward/mean", "eval/reward"), "KL from the start model, nats": ("kl/ref",
           "eval/kl"), "win rate": ("eval/win_rate",), "tokens a response": ("length/mean",
           "eval/length"), "entropy, nats a token": ("entropy/token",), "loss": ("loss",)}
 transformers.logging.set_verbosity_error()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # a checkpoint's own code: never run, nor asked about
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
 
 def require(condition: bool, message: str) -> None:
@@ -71,6 +81,13 @@ def say_lost(usual, kind, error, trace) -> None:
               f"({str(error)[:200]})", file=sys.stderr)
     else:
         usual(kind, error, trace)
+
+def _excepthook(failure, usual=threading.excepthook):
+    """TensorBoard writes in a thread; what fails there, log() meets and says in one line."""
+    if not issubclass(failure.exc_type, OSError):
+        usual(failure)
+
+threading.excepthook = _excepthook
 
 def parse_args(args_class, argv: list[str] | None = None):
     """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
@@ -123,7 +140,11 @@ class Run:
 
     def shard(self, model):
         """The model, spread over the processes if there are several."""
-        return spread(model, self.mesh) if self.world > 1 else model
+        if self.world == 1:
+            return model
+        require(blocks_of(model), f"a {type(model).__name__} has no list of blocks: run it on one "
+                "process")
+        return spread(model, self.mesh)
 
     def frozen_copy(self, model):
         """A copy of a model that is not trained, spread like it."""
@@ -135,23 +156,25 @@ class Run:
     def open(self, state: dict) -> int:
         """Makes the run folder; with --resume, restores `state` (models and optimizer by name) from
         its checkpoint. Returns the number of steps done."""
-        self.state, self.interrupted, args = state, False, self.args
+        self.state, self.interrupted, self.warned, args = state, False, False, self.args
         done = self._restore() if args.resume else 0
         if self.rank == 0:
             if not args.resume:
                 self._make_folder()
-            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
+            with self._writing("the log"):
+                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
             self.tracker = args.track != "none" and importlib.import_module(args.track)
             if self.tracker:
                 self.tracker.init(project="alignment", name=self.folder.name, config=asdict(args))
         silent = self.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=args.steps, initial=done, disable=silent)
 
-        def interrupt(*_):  # the first Ctrl-C ends the run after this step, a second one at once
+        def interrupt(number, _):  # the first ends the run after this step, a second one at once
             self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(number, signal.SIG_DFL)
 
-        signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
         return done
 
     def _make_folder(self) -> None:
@@ -160,22 +183,52 @@ class Run:
         versions = {x.__name__: x.__version__ for x in (torch, transformers, datasets)}
         about = {"script": self.script.name, "command": sys.argv, "args": asdict(self.args),
                  "commit": git.stdout.decode().strip(), "device": gpu, "versions": versions}
+        new = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True)
+            new.mkdir(parents=True)
+            (new / "args.json").write_text(json.dumps(about, indent=2))
+            for source in (self.script, *map(ROOT.joinpath, SHARED)):
+                shutil.copy(source, new)
+            self._lock(new)
+            new.rename(self.folder)  # it is there as a whole, or not at all
         except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
             require(False, f"--run-dir {self.folder}: {error.strerror}; name another")
-        (self.folder / "args.json").write_text(json.dumps(about, indent=2))
-        for source in (self.script, __file__, ROOT / "common.py"):
-            shutil.copy(source, self.folder)
+
+    def _lock(self, folder: Path) -> None:
+        """Lets no other process run this folder, until this one ends."""
+        file = open(folder / "args.json", "a")
+        self.locked = os.fstat(file.fileno())[1:3]
+        LOCKS.pop(self.locked, None)  # of a run that failed in this same process
+        LOCKS[self.locked] = file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            require(False, f"--resume {self.folder}: another process runs it; wait, or stop it")
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {self.folder} cannot be locked ({error.strerror}): do not run it "
+                  "twice", file=sys.stderr)
 
     def _identity(self) -> dict:
         return {"script": self.script.name} | asdict(self.args) | {"resume": "", "run_dir": ""}
 
     def _restore(self) -> int:
         path, done = self.folder / "checkpoint" / "state.pt", -1
+        links = [str(link) for link in self.folder.rglob("*") if link.is_symlink()]
+        require(not links, f"--resume {self.folder}: {' '.join(links)}: a link, through which the "
+                "run would write elsewhere; put the file itself in its place")
+        with self._writing("args.json"):
+            if self.rank == 0:
+                self._lock(self.folder)
         if path.exists():  # else the run ended before its first checkpoint, and starts anew
             try:
+                with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+                    require(not archive.testzip(), f"--resume {self.folder}: {path} is damaged: "
+                            "the checksum of a part is wrong")
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=self.world > 1)
+                require(saved.get("format") == FORMAT, f"--resume {self.folder}: {path} is of "
+                        f"format {saved.get('format')}, this version reads {FORMAT}; the sources "
+                        "that wrote it lie in the folder")
                 require(saved["run"] == self._identity(), f"--resume {self.folder}: its checkpoint "
                         "is of another script or of other flags")
                 for name, part in self.state.items():
@@ -184,12 +237,40 @@ class Run:
             except Exception as error:  # a damaged file fails in as many ways as it has bytes
                 require(False, f"--resume {self.folder}: {path} is cut short or damaged "
                         f"({type(error).__name__})")
-        logs = (self.folder / "metrics.jsonl", self.folder / "samples.jsonl")
-        for log in logs if self.rank == 0 else ():
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            log.write_text("".join(line for line in lines if line.endswith("\n")
-                                   and json.loads(line)["step"] <= done))
+        for log in self._logs() if self.rank == 0 else ():
+            self._cut(log, done)
         return max(done, 0)
+
+    def _logs(self) -> list[Path]:
+        paths = (self.folder / "metrics.jsonl", self.folder / "samples.jsonl")
+        return [path for path in paths if path.exists()]
+
+    def _cut(self, log: Path, done: int) -> None:
+        """Drops what was logged after step `done`, in place: a kill meanwhile loses no line."""
+        with self._writing("the log"), open(log, "r+b") as file:
+            kept = 0
+            for line in file:
+                try:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+                        break
+                except (ValueError, TypeError, KeyError):
+                    require(False, f"--resume {self.folder}: {log} is damaged at byte {kept}")
+                kept += len(line)
+            file.truncate(kept)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str, half: Path | None = None):
+        """A full disk or a missing right ends the run with one line; all that was saved is kept, a
+        file that was written by half is not."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            with contextlib.suppress(OSError, AttributeError):
+                half.unlink()
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            require(False, f"--run-dir {self.folder}: cannot write {what}: "
+                    f"{getattr(cause, 'strerror', None) or cause}; mend that, then continue with "
+                    f"--resume {self.folder}")
 
     def _whole(self, state):
         """A state dict with whole tensors, on the CPU of rank 0, in place of shards."""
@@ -203,13 +284,17 @@ class Run:
     def save(self, step: int) -> None:
         """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
         path = self.folder / "checkpoint" / "state.pt"
+        new = path.with_suffix(".new")
         parts = {name: self._whole(part.state_dict()) for name, part in self.state.items()}
         if self.rank == 0:
-            path.parent.mkdir(exist_ok=True)
-            with open(path.with_suffix(".new"), "wb") as file:
-                torch.save({"step": step, "run": self._identity()} | parts, file)
-                os.fsync(file.fileno())
-            os.replace(path.with_suffix(".new"), path)
+            with self._writing("the checkpoint", new):
+                path.parent.mkdir(exist_ok=True)
+                with open(new, "wb") as file:
+                    about = {"format": FORMAT, "step": step, "run": self._identity()}
+                    torch.save(about | parts, file)
+                sync(new, *self._logs())  # no checkpoint without the log of its steps
+                os.replace(new, path)
+                sync(path.parent)
         # Who ended before the file is whole would have torchrun kill the process that writes it.
         self.average(torch.zeros((), device=self.device)).item()
 
@@ -234,16 +319,22 @@ class Run:
         if self.rank:
             return
         metrics = dict(zip(metrics, values))
-        for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
-            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        with self._writing("the log"):
+            for name, lines in (("samples", samples), ("metrics", [{"step": step} | metrics])):
+                with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
         if self.tracker:
             self.tracker.log(metrics, step=step)
         shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
         self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
+        share, n = metrics.get("weights/ess", 1.0), self.args.samples_per_prompt
+        if share * n < min(1.25, n) and not self.warned:
+            self.warned = True
+            tqdm.write(f"warning: weights/ess is {share:.3f} at step {step}: of {n} samples one "
+                       "takes nearly all the weight; the target's KL weight may be too small")
         if "eval/reward" in metrics:
             tqdm.write(f"step {step:4}  {shown}")
 
@@ -278,81 +369,31 @@ class Run:
     def _write_final(self, policy, tokenizer) -> None:
         if self.rank == 0:
             self.bar.close()
-            self.board.close()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             new, final = self.folder / "final.new", self.folder / "final"
-            policy.save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            shutil.rmtree(final, ignore_errors=True)
-            new.rename(final)
-            plot(self.folder)
+            with self._writing("final/"):
+                self.board.close()
+                if not final.exists():  # else the run was killed after it was complete
+                    shutil.rmtree(new, ignore_errors=True)
+                    policy.save_pretrained(new)
+                    tokenizer.save_pretrained(new)
+                    sync(*new.iterdir())
+                    new.rename(final)
+                plot(self.folder)
+            LOCKS.pop(self.locked)
+            for number, usual in ((signal.SIGINT, signal.default_int_handler),
+                                  (signal.SIGTERM, signal.SIG_DFL)):
+                signal.signal(number, usual)
             show_samples(self.folder)
             print(f"{self.folder}: metrics.jsonl, samples.jsonl, plots/training.png and final/ "
                   f"after {time.perf_counter() - self.begun:.0f} s")
 
-# ── A model spread over processes ─────────────────────────────────────────────────────────────────
-def spread(model, mesh: DeviceMesh):
-    """The model with every weight cut over the processes of `mesh` by FSDP2. It runs functions of
-    a model in one of two ways, and what it gathers for them it frees after them (common.through):
+def sync(*paths: Path) -> None:
+    """Returns when files and folders are on the disk, so that a power cut does not lose them."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
-    model.blockwise(function, …): as a forward pass, with or without gradient, gathering one block
-    at a time. Embeddings, last norm and head are the root's: they stay gathered from the begin of
-    the pass to its end, and again in the backward pass, since common.py calls body and head apart
-    and the head again in backward. All processes must make the same passes.
-
-    model.whole(function, …): on a plain model with whole weights, gathered once. Processes may take
-    their own time and ways inside; it needs memory for one whole copy.
-    """
-    plain = around(model, [p.new_empty(0) for p in model.parameters()])
-    lists = [module for module in model.modules() if isinstance(module, ModuleList)]
-    blocks = max(lists, key=lambda x: sum(p.numel() for p in x.parameters()), default=())
-    require(len(blocks), f"a {type(model).__name__} has no list of blocks: run it on one process")
-    for module in (*blocks, model):
-        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
-                         mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32))
-
-    def whole(function, *inputs, **options):
-        for empty, part in zip(plain.parameters(), model.parameters()):
-            empty.data = part.detach().full_tensor()
-        try:
-            return function(plain, *inputs, **options)
-        finally:
-            for full in plain.parameters():
-                full.data = full.new_empty(0)
-
-    model.whole, model.blockwise = whole, lambda function, *inputs: function(model, *inputs)
-    fsdp.register_fsdp_forward_method(model, "blockwise")
-    return model
-
-def through(way: str):
-    """Decorates function(model, …): a model that is spread over processes (runlog.spread) runs it
-    in this `way`, "blockwise" or on "whole" weights; any other model just runs it."""
-    def run(function, model, *inputs, **options):
-        if hasattr(model, way):
-            return getattr(model, way)(function, *inputs, **options)
-        return function(model, *inputs, **options)
-    return lambda function: wraps(function)(partial(run, function))
-
-def around(model, weights: list[Tensor]):
-    """A copy of a model around other weights: tied ones stay tied, and none is copied."""
-    pairs = zip(model.parameters(), weights)
-    return copy.deepcopy(model, {id(p): Parameter(w, p.requires_grad) for p, w in pairs})
-
-def shares(saved: dict, part: Module | Optimizer) -> dict:
-    """This process's shares of a checkpoint's whole tensors, cut as `part` is."""
-    def cut(tensor, like):
-        if not isinstance(like, DTensor) or tensor.shape != like.shape:
-            return tensor  # not sharded, or AdamW's count of its steps
-        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-    if isinstance(part, Module):
-        own = part.state_dict()
-        return {name: cut(tensor, own.get(name)) for name, tensor in saved.items()}
-    weights = [p for group in part.param_groups for p in group["params"]]
-    return saved | {"state": {i: {name: cut(x, weights[i]) for name, x in moments.items()}
-                              for i, moments in saved["state"].items()}}
-
-# ── What the log says ─────────────────────────────────────────────────────────────────────────────
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
     """kl/ref (k1) and kl/k3, nats a response: the policy's KL from the reference on samples of the
     proposal, [P, N] each, which self-normalised importance weights turn into the policy's own."""

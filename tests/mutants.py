@@ -19,6 +19,8 @@ CORE, SCRIPTS, PERFORMANCE = (f"tests/test_{name}.py" for name in ("core", "scri
 BRAIN, GDC, DPO, WIND, BOND = (f"tests/test_method_{name}.py"
                                for name in ("brain", "gdc", "dpo", "wind", "bond"))
 RANKS = "tests/test_distributed.py"
+BAD, FAULTS, FUZZ, SECURITY = (f"tests/test_{name}.py"
+                               for name in ("bad_input", "faults", "fuzz", "security"))
 RESUME = "tests/test_siblings.py::test_every_variant_runs_resumes_and_splits[{}]"
 MUTANTS = [
     # brain.py
@@ -161,18 +163,18 @@ MUTANTS = [
     ("common.py", "elif len(tokens) > args.max_prompt_tokens:", "elif False:", SCRIPTS, "dropped"),
     ("common.py", "use_safetensors=True", "use_safetensors=None", SCRIPTS, "pickle"),
     ("common.py", "+ 0.5 * (values", "+ 0.0 * (values", SCRIPTS, "ties"),
-    ("common.py", "chosen if completion is None else completion, chosen", "completion, chosen", SCRIPTS,
+    ("prompts.py", "chosen if completion is None else completion, chosen", "completion, chosen", SCRIPTS,
      "every_format"),
     # runlog.py
     ("runlog.py", "weights = torch.softmax((logprobs - proposal_logprobs)",
      "weights = torch.softmax(0 * (logprobs - proposal_logprobs)", BRAIN, "kl_estimates"),
     ("runlog.py", "(ratio.exp() - 1 - ratio)", "(ratio.exp() - 1 + ratio)", BRAIN, "kl_estimates"),
-    ("runlog.py", '["step"] <= done', '["step"] <= done + 1', SCRIPTS, "bug29"),
+    ("runlog.py", '["step"] > done', '["step"] > done + 1', SCRIPTS, "bug29"),
     ("runlog.py", "weights_only=True", "weights_only=False", SCRIPTS, "pickle_inside"),
     # several processes
     ("runlog.py", "dist.all_reduce(tensor := tensor.clone())", "tensor = tensor * 2", RANKS, ""),
-    ("runlog.py", "for module in (*blocks, model):", "for module in (model,):", RANKS, "every_block"),
-    ("runlog.py", "full.data = full.new_empty(0)", "pass", RANKS, "gathers_once"),
+    ("shards.py", "for module in (*blocks_of(model), model):", "for module in (model,):", RANKS, "every_block"),
+    ("shards.py", "full.data = full.new_empty(0)", "pass", RANKS, "gathers_once"),
     ("runlog.py", "dist.all_gather_object(parts := [None] * self.world, samples)",
      "parts = [samples]", RANKS, "samples_are_all"),
     ("runlog.py", 'open(os.devnull, "w")', "sys.stdout", RANKS, "speaks"),
@@ -182,9 +184,25 @@ MUTANTS = [
     ("common.py", "[:count].double()", ".double()", RANKS, "gradients_losses"),
     ("brain.py", "tokens = run.average(lengths.sum().float())", "tokens = lengths.sum().float()",
      RANKS, "gradients_losses"),
-    ("gdc.py", "run.average(log_w.double().exp().mean())", "log_w.double().exp().mean()", RANKS,
+    ("gdc.py", "run.average(raw.clamp(max=MOST).mean())", "raw.clamp(max=MOST).mean()", RANKS,
      "gradients_losses"),
-    ("runlog.py", "logs if self.rank == 0 else ()", "()", SCRIPTS, "bug29"),
+    ("runlog.py", "self._logs() if self.rank == 0 else ()", "()", SCRIPTS, "bug29"),
+    ("runlog.py", "require(not archive.testzip()", "require(True", BAD, "damaged_checkpoint and bit"),
+    ("runlog.py", 'saved.get("format") == FORMAT', "True", BAD, "damaged_checkpoint and older"),
+    ("runlog.py", "require(not links", "require(True", FAULTS, "links"),
+    ("runlog.py", "self.average(torch.tensor(float(self.interrupted), device=self.device))",
+     "self.interrupted", FAULTS, "all_processes"),
+    ("runlog.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", FAULTS, "holds_its_folder"),
+    ("runlog.py", "min(1.25, n) and not self.warned", "min(1.25, n)", FAULTS, "said_once"),
+    ("runlog.py", "TIME_OUT_REMOTE_CODE = 0", "TIME_OUT_REMOTE_CODE = 9", SECURITY, "own_code"),
+    ("brain.py", "common.require(grad_norm.isfinite(),", "common.require(True,", FAULTS,
+     "changes_no_weight"),
+    ("common.py", "if logprobs.requires_grad:", "if False:", FAULTS, "names_the_prompt"),
+    # prompts.py
+    ("prompts.py", "object_pairs_hook=_object", "object_pairs_hook=dict", FUZZ, "line_is_named"),
+    ("prompts.py", "json.dumps(row, ensure_ascii=False).encode()", "pass", FUZZ, "line_is_named"),
+    ("prompts.py", 'split(b"\\n"), 1)', 'split(b"\\n"), 0)', FUZZ, "line_is_named"),
+    ("prompts.py", 'x.endswith(".jsonl")', "False", FUZZ, "line_is_named"),
 ]
 
 
@@ -195,7 +213,7 @@ def survives(mutant: tuple[str, str, str, str, str]) -> str:
     if source.count(old) != 1:
         return f"the old text occurs {source.count(old)} times"
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("tests", "docs", "prepare", "analyze"):
+        for name in ("tests", "docs", "prepare", "analyze", "benchmarks"):
             shutil.copytree(ROOT / name, Path(folder, name))
         for name in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
             shutil.copy(name, folder)

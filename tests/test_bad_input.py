@@ -91,13 +91,13 @@ def test_missing_folders_and_hub_names_offline(flags, capsys, flag, name):
 # ── data ──
 @pytest.mark.parametrize("data, reason", [
     ([{"question": "a", "answer": "b"}] * 8, "columns ['question', 'answer']"),
-    ([{"prompt": 3, "completion": "b"}] * 8, "row"),
-    ([{"prompt": "a film", "completion": 3}] * 8, "row"),
-    ([{"prompt": {"text": "a"}, "completion": "b"}] * 8, "row"),
+    ([{"prompt": 3, "completion": "b"}] * 8, "line"),
+    ([{"prompt": "a film", "completion": 3}] * 8, "line"),
+    ([{"prompt": {"text": "a"}, "completion": "b"}] * 8, "line"),
     ([{"prompt": ["a", "film"], "completion": "b"}] * 8, ""),
-    ([{"prompt": None, "completion": "b"}] * 8, "row"),
-    ([{"chosen": "a good", "rejected": 5}] * 8, "row"),
-    ([{"prompt": "a film", "chosen": [], "rejected": []}] * 8, "row"),
+    ([{"prompt": None, "completion": "b"}] * 8, "line"),
+    ([{"chosen": "a good", "rejected": 5}] * 8, "line"),
+    ([{"prompt": "a film", "chosen": [], "rejected": []}] * 8, "line"),
     ([{"prompt": "", "completion": "b"}] * 8, "no usable training prompt"),
     ([{"prompt": "a film", "completion": ""}] * 8, "no usable training prompt"),
     ([{"prompt": "the film " * 9, "completion": "b"}] * 8, "no usable training prompt"),
@@ -107,7 +107,7 @@ def test_missing_folders_and_hub_names_offline(flags, capsys, flag, name):
     ([{"chosen": CHAT, "rejected": CHAT}] * 8, "no chat template"),
 ])
 def test_data_that_cannot_be_used(flags, capsys, tmp_path, data, reason):
-    """Columns are listed, a row of a wrong type has its number."""
+    """Columns are listed, a row of a wrong type has its file and line."""
     path = write_jsonl(tmp_path / "data.jsonl", data)
     assert reason in refused(flags, capsys, dataset=path)
 
@@ -122,7 +122,7 @@ def test_messages_without_role_or_content(flags, capsys, tmp_path, message, colu
     policy = save(tmp_path / "policy", model("llama", tokenizer), tokenizer)
     data = [{"prompt": CHAT[:1], "completion": CHAT[1:]} | {column: [message]}] * 8
     path = write_jsonl(tmp_path / "data.jsonl", data)
-    assert "row" in refused(flags | {"--policy": policy}, capsys, dataset=path)
+    assert "line" in refused(flags | {"--policy": policy}, capsys, dataset=path)
 
 
 def test_chat_data_and_a_reward_model_without_a_template(flags, capsys, tmp_path):
@@ -392,16 +392,22 @@ def test_resume_of_a_checkpoint_of_other_flags(run, capsys):
     assert "other flags" in refusal({"--resume": str(run)}, capsys)
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "garbage", "foreign"])
+@pytest.mark.parametrize("damage", ["half", "empty", "garbage", "foreign", "older", "bit"])
 def test_resume_of_a_damaged_checkpoint(run, capsys, damage):
     """The logs, which resume cuts back, are left as they are."""
     state, log = run / "checkpoint" / "state.pt", (run / "metrics.jsonl").read_text()
+    saved, good = torch.load(state, weights_only=True), state.read_bytes()
     if damage == "foreign":
         torch.save({"step": 1}, state)
+    elif damage == "older":
+        torch.save({name: part for name, part in saved.items() if name != "format"}, state)
     else:
-        state.write_bytes({"half": state.read_bytes()[: state.stat().st_size // 2], "empty": b"",
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 16
+        state.write_bytes({"half": good[: len(good) // 2], "empty": b"", "bit": flipped,
                            "garbage": b"no checkpoint at all"}[damage])
     error = refusal({"--resume": str(run)}, capsys)
+    assert ("of format None" in error) == (damage in ("foreign", "older"))
     assert f"--resume {run}" in error and "state.pt" in error
     assert (run / "metrics.jsonl").read_text() == log
 

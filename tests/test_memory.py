@@ -45,7 +45,7 @@ def kept_for_backward(model, batch, mixed: bool) -> int:
 
     model.mixed = mixed
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        states = common._response_states(model, batch, batch.response_tokens)
+        states, _ = common._read_rows(model, batch, batch.response_mask)
     assert states.requires_grad
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 

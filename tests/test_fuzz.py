@@ -1,0 +1,100 @@
+"""Reading data that nobody should have written: prompts, or one line that names file and line."""
+
+import json
+import re
+
+import hypothesis
+import pytest
+from checkpoints import TEMPLATE, word_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+import brain
+import common
+from benchmarks import hostile
+
+GOOD = b'{"prompt": "the film", "completion": " good"}'
+TOKENIZER = word_tokenizer(chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("hostile") / "data.jsonl"
+
+
+def test_hostile_files(path):
+    """A short form of the campaign of benchmarks/faults.py, with another seed."""
+    result = path.with_name("result.json")
+    hostile.main(result, 300, seed=2)
+    counts = json.loads(result.read_text())
+    assert counts.pop("problems") == []
+    kinds = ("refused, line named", "refused as a whole", "read",
+             "read, with rows dropped and counted")
+    assert counts["inputs"] == sum(counts[kind] for kind in kinds) == 300
+    assert min(counts[kind] for kind in kinds) > 5  # else the files would show little
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "prompt", "x"]), inner, max_size=3), max_leaves=6)
+ROWS = st.dictionaries(st.sampled_from([*hostile.COLUMNS, "x", ""]), ANYTHING, max_size=4)
+LINES = (ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=20)
+         | ANYTHING.map(lambda x: json.dumps(x).encode()) | st.just(GOOD))
+
+
+@given(st.lists(LINES, max_size=5), st.sampled_from([b"\n", b"\r\n"]))
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=200, database=None,
+                     suppress_health_check=list(hypothesis.HealthCheck))
+def test_lines_of_chance(path, lines, end):
+    content = end.join(lines)
+    count = sum(bool(line.strip()) for line in content.split(b"\n"))
+    kind, wrong = hostile.outcome(path, content, count, TOKENIZER)
+    assert not wrong, (kind, wrong)
+
+
+def refusal(path, capsys, tokenizer=TOKENIZER) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        common.load_prompts(brain.Args(dataset=str(path)), tokenizer)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("line, reason", [
+    (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
+    (b'{"prompt": "a\xff"}', "utf-8"), (b'{"prompt": "\\ud800"}', "surrogates"),
+    (b'{"prompt": "a", "prompt": "b"}', "two columns"), (b"[1]", "object"),
+    (b'{"prompt": 3}', "needs text"), (b'{"prompt": "a"', ""), (b'{"prompt": "a\x01"}', "control"),
+    (b'{"prompt": null, "chosen": null}', "needs text"),
+    (b'{"prompt": [{"role": "user", "content": 3}]}', "needs text"),
+])
+def test_the_line_is_named_also_behind_blank_lines_and_in_the_held_out_part(
+        path, capsys, line, reason):
+    for at in (1, 7):
+        lines = [GOOD] * 8
+        lines[at] = line
+        path.write_bytes(b"\n\n".join(lines))
+        error = refusal(path, capsys)
+        assert f"{path}: line {2 * at + 1}: " in error and reason in error.lower(), error
+
+
+def test_the_file_of_a_folder_is_named(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join([GOOD] * 3))
+    (tmp_path / "test.jsonl").write_bytes(GOOD + b'\n{"prompt": "a\n')
+    assert f"{tmp_path / 'test.jsonl'}: line 2: " in refusal(tmp_path, capsys)
+
+
+def test_a_template_that_refuses_a_role(path, capsys):
+    """As Gemma's refuses a system message: the line is named, not the template's traceback shown."""
+    chat = {"prompt": [{"role": "system", "content": "be kind"}], "completion": " good"}
+    path.write_bytes(GOOD + b"\n" + json.dumps(chat).encode() + b"\n" + GOOD * 1)
+    error = refusal(path, capsys, word_tokenizer(chat_template=hostile.TEMPLATE))
+    assert f"{path}: line 2: " in error and "no system role" in error
+
+
+def test_numbers_are_not_taken_for_text(path, capsys):
+    """Arrow would read a column of numbers and text as text."""
+    path.write_bytes(b"\n".join([GOOD, b'{"prompt": "a", "completion": 5}'] * 4))
+    assert re.search("line [2468]: needs text", refusal(path, capsys))
