@@ -76,8 +76,8 @@ def commands(lines: list[dict]) -> str:
     places = "; ".join(f"commit {commit}, {cores} cores {machine}, torch {torch}, transformers {hf}"
                        for commit, cores, machine, torch, hf in where)
     return ("```\n" + "".join(f"{x}\n" for x in dict.fromkeys(x["command"] for x in lines))
-            + f"```\n\n({places}; where other work on the machine cut a command short, a further "
-            "one made up for it)\n")
+            + f"```\n\n({places}; where other work on the machine cut a command short, a "
+            "further one made up for it)\n")
 
 
 def main() -> None:

@@ -148,10 +148,8 @@ def test_a_gradient_of_nan_names_the_prompt(capsys):
 @pytest.mark.parametrize("others, expected", [(0.0, False), (0.25, True)])
 def test_all_processes_stop_when_one_is_asked_to(others, expected):
     """The mean over all processes decides, not each one's own flag: else the rest would wait."""
-    def average(tensors):
-        tensors[0].fill_(others)
-
-    run = SimpleNamespace(interrupted=False, device="cpu", average=average)
+    run = SimpleNamespace(interrupted=False, device="cpu",
+                          average=lambda tensor: torch.full_like(tensor, others))
     assert runlog.Run.stopping(run) is expected
 
 
