@@ -1,5 +1,6 @@
-"""What the comparisons with TRL share: the model, its words, turns, peak memory and the file."""
+"""What the comparisons with others share: the model, its words, turns, peak memory and the file."""
 
+import importlib
 import json
 import statistics
 import subprocess
@@ -30,13 +31,15 @@ def make_model(kind: type = transformers.LlamaForCausalLM, layers: int = 6, widt
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer whose words are the numbers of its tokens."""
+    """A tokenizer whose words are the numbers of its tokens, but for its pad and end tokens: those
+    are found inside other words, so a "1" would cut a "310" in three."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0",
-                                                eos_token="1", padding_side="left")
+    words = {"pad": 0, "end": 1} | {str(i): i for i in range(2, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="pad"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="pad",
+                                                eos_token="end", padding_side="left")
 
 
 def peak_memory(make_step: Callable[[], Callable], steps: int = 3) -> float:
@@ -72,18 +75,16 @@ def take_turns(sides: dict[str, Callable], repeats: int) -> dict[str, list[float
     return times
 
 
-def summary(times: dict[str, list[float]], memory: dict[str, float]) -> dict:
-    """Medians, and TRL's cost over ours: the median over the turns, the least and the most."""
-    import trl
-
-    ratios = [b / a for a, b in zip(times["ours"], times["trl"])]
+def summary(times: dict[str, list[float]], memory: dict[str, float], peer: str = "trl") -> dict:
+    """Medians, and the peer's cost over ours: the median over the turns, the least and the most."""
+    ratios = [b / a for a, b in zip(times["ours"], times[peer])]
     return {"ratio": round(statistics.median(ratios), 2), "ratio_least": round(min(ratios), 2),
             "ratio_most": round(max(ratios), 2),
             "our_s": round(statistics.median(times["ours"]), 3),
-            "trl_s": round(statistics.median(times["trl"]), 3), "repeats": len(ratios),
-            "our_peak_mib": round(memory["ours"]), "trl_peak_mib": round(memory["trl"]),
-            "memory_ratio": round(memory["ours"] / memory["trl"], 2),
-            "trl": trl.__version__} | about()
+            f"{peer}_s": round(statistics.median(times[peer]), 3), "repeats": len(ratios),
+            "our_peak_mib": round(memory["ours"]), f"{peer}_peak_mib": round(memory[peer]),
+            "memory_ratio": round(memory["ours"] / memory[peer], 2),
+            peer: importlib.import_module(peer).__version__} | about()
 
 
 def add(name: str, line: dict) -> None:
