@@ -363,7 +363,7 @@ def _choose_rows(flag: str, name: str, model) -> None:
             if (gap := (ours - torch.stack(own)).abs().max()) < allowed:
                 return
             problem = f"off by {gap:.1e}"
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        except (TypeError, ValueError, RuntimeError, LookupError) as error:
             problem = f"{type(error).__name__} {error}"
         if model.shared_rows:
             print(f"{flag} {name}: no shared rows ({problem:.200}); a prompt is computed N times")

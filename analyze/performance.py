@@ -96,7 +96,7 @@ def against_disco() -> str:
             "switched off again, the slower one as shipped stands beside it.\n\n" + table(
                 "prompt, response|time ratio|as shipped|samples a second, ours / disco|"
                 + MEMORY.format("disco"), [
-                    [f"{x['prompt']}, {x['response']}", spread(x), x["ratio_as_shipped"],
+                    [f"{x['prompt']}, {x['response']}", spread(x), x["shipped_ratio"],
                      f"{x['our_samples_per_s']} / {x['disco_samples_per_s']}",
                      f"{x['our_peak_mib']} / {x['disco_peak_mib']} = {x['memory_ratio']:.2f}"]
                     for x in lines]) + "\n" + where(lines))

@@ -157,7 +157,7 @@ def stop_after(step: int, script, args) -> None:
         try:
             train(script, args)
         except KeyboardInterrupt:
-            pass
+            runlog.LOCKS.clear()  # as the end of the process would
 
 
 def resume(script, run: Path) -> None:

@@ -19,7 +19,9 @@ import brain
 import common
 import dpo
 import gdc
+import prompts
 import runlog
+import shards
 import wind
 from analyze.differences import differing_lines
 
@@ -75,7 +77,7 @@ def test_budgets():
     """A script ≤ 330 lines, any two ≤ 110 differing lines, common.py ≤ 500, nesting ≤ 4."""
     assert len(Path(common.__file__).read_text().splitlines()) <= 500
     assert len(dataclasses.fields(brain.Args)) <= 26
-    for path in (common.__file__, runlog.__file__):
+    for path in (x.__file__ for x in (common, prompts, runlog, shards)):
         source = Path(path).read_text()
         assert all(len(line) <= 100 for line in source.splitlines())
         assert "trust_remote_code" not in source
@@ -137,7 +139,7 @@ def test_the_set_of_flags_is_frozen_and_each_is_read(script):
                if isinstance(node, ast.ClassDef)]
     assert len(names) == len([node for node in body if isinstance(node, ast.Expr)])  # each has a text
     assert names == SHARED_FLAGS + OWN_FLAGS[script.__name__]
-    sources = "".join(Path(x.__file__).read_text() for x in (script, common, runlog))
+    sources = "".join(Path(x.__file__).read_text() for x in (script, common, prompts, runlog))
     for name in names:
         assert f"args.{name}" in sources, name
 
