@@ -517,14 +517,14 @@ def nan_gradient(inside: bool) -> Callable:
     def prepare():
         read, calls = common.logprobs_and_entropy, itertools.count(1)
 
-        def spoiled(model, batch, temperature):
+        def spoiled(model, batch, temperature, *more):
             if not torch.is_grad_enabled() or next(calls) != 5:
-                return read(model, batch, temperature)
+                return read(model, batch, temperature, *more)
             if inside:
                 weight = next(model.parameters())
                 handle = weight.register_hook(lambda g: (handle.remove(), g * float("nan"))[1])
-                return read(model, batch, temperature)
-            logprobs, entropy = read(model, batch, temperature)
+                return read(model, batch, temperature, *more)
+            logprobs, entropy = read(model, batch, temperature, *more)
             return BadGradient.apply(logprobs), entropy
 
         common.logprobs_and_entropy = spoiled

@@ -241,7 +241,7 @@ def test_an_evaluation_is_the_mean_of_its_samples(prompts, per_step, longest, mi
                               reference_reward=score if references else None)
                 for i, (ids, score) in enumerate(prompts)]
     args = brain.Args(prompts_per_step=per_step, max_response_tokens=longest, micro_batch=micro)
-    run = SimpleNamespace(args=args, rank=0, world=1, device=CPU)
+    run = SimpleNamespace(args=args, rank=0, world=1, device=CPU, average=lambda x: x)
     metrics, samples = common.evaluate(run, 3, POLICY, REF, JUDGE, held_out)
     assert [x["prompt"] for x in samples] == [p.text for p in held_out]
     assert metrics["eval/reward"] == pytest.approx(

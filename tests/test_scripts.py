@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 import brain
 import common
 import runlog
+from prompts import split_row
 
 ROOT = Path(brain.__file__).parent
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
@@ -56,7 +57,7 @@ def world(tmp_path_factory):
 ])
 def test_every_format_of_a_row(row, prompt, reference, rejected):
     """Text and chat messages; a prompt of its own or inside chosen and rejected."""
-    ours = common.split_row(row)
+    ours = split_row(row)
     assert (*ours[:2], ours[3]) == (prompt, reference, rejected)
     assert ours[2] == (reference if "chosen" in row else None)
 
@@ -64,7 +65,7 @@ def test_every_format_of_a_row(row, prompt, reference, rejected):
 def test_a_completion_beside_a_pair():
     """The completion is the reference, the pair stays a pair."""
     row = {"prompt": "a", "completion": " b", "chosen": " c", "rejected": " d"}
-    assert common.split_row(row) == ("a", " b", " c", " d")
+    assert split_row(row) == ("a", " b", " c", " d")
 
 
 def test_bug16_one_start_token_and_no_end_token_in_a_prompt():
