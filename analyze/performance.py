@@ -185,6 +185,8 @@ def limit() -> str:
 def default_runs() -> str:
     """Section on whole processes, before the ideas of this page and with them."""
     before, after = {}, {}
+    if not (RESULTS / "default_run_before.jsonl").exists():
+        return ""
     lines = [json.loads(x) for x in (RESULTS / "default_run.jsonl").read_text().splitlines()]
     old = [json.loads(x) for x in (RESULTS / "default_run_before.jsonl").read_text().splitlines()]
     for kept, found in ((before, old), (after, lines)):

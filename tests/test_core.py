@@ -151,7 +151,7 @@ def test_bug08_logprobs_as_drawn_equal_those_recomputed(architecture):
     """The importance ratio is 1 on-policy at a temperature other than 1; plain rows draw the same."""
     model, drawn = make_model(architecture), []
     for model.shared_rows in (True, False):
-        batch, seen = common.sample(model, make_prompts(*PROMPTS), 3, 6, 0.8, seed=5)
+        batch, seen = common.sample(model, make_prompts(*PROMPTS), 8, 6, 0.8, seed=5)
         torch.testing.assert_close(seen.sum(-1), common.logprobs(model, batch, 0.8), atol=1e-4,
                                    rtol=1e-5)
         drawn.append(batch.response_tokens.where(batch.response_mask, -1))

@@ -399,14 +399,12 @@ def test_bug29_a_killed_run_resumes_bit_for_bit(world, tmp_path, kill, at):
 # ── form ──
 def test_safetensors_with_pickle_inside_is_not_read(tmp_path):
     """A state.pt that holds code is refused, not run."""
-    import pickle
-
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)
 
     (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "state.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"step": 1, "code": Evil()}, tmp_path / "checkpoint" / "state.pt")
     run = runlog.Run(brain.Args(resume=str(tmp_path)), brain.__file__)
     with pytest.raises(SystemExit):
         run.open({})
