@@ -1,4 +1,4 @@
-"""What all scripts need and none explains: prompts, sampling, log-probs, rewards, evaluation.
+"""What all scripts need and none explains: batches, sampling, log-probs, rewards, evaluation.
 
 P prompts a step, N samples a prompt, L prompt tokens, T response tokens, S slots of a row, Q of
 them asking, D hidden size, V vocabulary. Log-probs: nats, fp32, at the sampling temperature.
@@ -167,6 +167,11 @@ def _read_rows(model, batch: Batch, fed: Tensor) -> tuple[Tensor, Tensor]:
     states = _forward(model, rows[0], 0, prompt_mask, *rows[1:, :, first:])
     return states.flatten(0, 1), before.view(count, n, t + 1)
 
+def _last_states(model, batch: Batch) -> Tensor:
+    """States [P, N, D] at each response's last token, even if it is the pad token."""
+    states, before = _read_rows(model, batch, batch.response_mask)
+    return states[before.gather(2, batch.response_mask.sum(2, keepdim=True))[..., 0]]
+
 @through("blockwise")
 def logprobs_and_entropy(model, batch: Batch, temperature: float,
                          with_entropy: bool = True) -> tuple[Tensor, Tensor]:
@@ -305,14 +310,12 @@ def read_as(judge: RewardModel, batch: Batch) -> Batch:
 
 @through("blockwise")
 def _read_scores(model, batch: Batch) -> Tensor:
-    """Rewards [P, N] in fp32, read at each response's last token, even if it is the pad token."""
+    """Rewards [P, N] in fp32, read at each response's last token."""
     longest = int((batch.prompt_mask.sum(1) + batch.response_mask.sum(2).amax(1)).max())
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     require(longest <= limit, f"--reward-model: its context of {limit} tokens is shorter than a "
             f"prompt and response of {longest}; lower --max-prompt-tokens or --max-response-tokens")
-    states, before = _read_rows(model, batch, batch.response_mask)
-    last = before.gather(2, batch.response_mask.sum(2, keepdim=True))[..., 0]  # [P, N]
-    return model.score(states[last].float())[..., 0]
+    return model.score(_last_states(model, batch).float())[..., 0]
 
 @torch.no_grad()
 def score(judge: RewardModel, batch: Batch, micro_batch: int = 0) -> Tensor:
@@ -357,8 +360,7 @@ def _choose_rows(flag: str, name: str, model) -> None:
     allowed = 1e-3 if model.dtype == torch.float32 and not model.mixed else 0.25
     for model.shared_rows in (True, False):
         try:
-            states, before = _read_rows(model, batch, batch.response_mask)
-            states = states[before.gather(2, batch.response_mask.sum(2, keepdim=True)).flatten()]
+            states = _last_states(model, batch).flatten(0, 1)
             ours = model.score(states)[:, 0] if hasattr(model, "score") else _head(model, states)
             if (gap := (ours - torch.stack(own)).abs().max()) < allowed:
                 return

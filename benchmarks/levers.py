@@ -64,7 +64,6 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
     """(with, without) by name, at one shape."""
     model, batch = make_model(), make_batch(*shape)
     read_rows, prompts, n = common._read_rows, batch.prompts, shape[3]
-    prompts = [common.Prompt("", ids.tolist()) for ids in batch.prompt_tokens]
     optimizers = [torch.optim.AdamW(make_model().parameters(), 1e-6, **options)
                   for options in ({"fused": True}, {"foreach": False})]
     for weight in (w for x in optimizers for g in x.param_groups for w in g["params"]):
