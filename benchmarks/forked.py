@@ -16,7 +16,6 @@ from pathlib import Path
 _caches = tempfile.mkdtemp(prefix="caches-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": _caches}
-os.chmod(_caches, 0o777)
 
 import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
