@@ -27,6 +27,7 @@ from runlog import load, require
 from shards import through
 
 MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
+MOST_ENDED = 0.25  # of the rows that are sampled: as many have to end for them to leave
 
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
@@ -122,7 +123,7 @@ def _forward(model, tokens: Tensor, start: int, prompt_mask: Tensor, owner: Tens
             mask = kinds if getattr(config, "layer_types", None) else near
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": position[:, asking],
               "past_key_values": cache, "use_cache": cache is not None}
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=model.mixed):
         if model.shared_rows or hasattr(model, "score"):
             return model.base_model(**inputs).last_hidden_state
         return model(**inputs).logits
@@ -137,7 +138,7 @@ def _additive(model, visible: Tensor, asking: slice) -> Tensor:
 def _head(model, states: Tensor) -> Tensor:
     """Logits [..., V] in fp32 of what `_forward` gave."""
     if model.shared_rows:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.mixed):
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=model.mixed):
             states = model.get_output_embeddings()(states)
             cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
             states = torch.tanh(states / cap) * cap if cap else states
@@ -222,6 +223,9 @@ class _GrowingLayer(StaticLayer):
         self.keys[:, :, new], self.values[:, :, new], self.filled = keys, values, new.stop
         return self.keys[:, :, : new.stop], self.values[:, :, : new.stop]
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
 @through("whole")
 @torch.no_grad()
 def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: float,
@@ -230,8 +234,9 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
     top-p, no penalty, whatever the checkpoint's generation defaults say.
 
     The prompt is computed once a row; each step then feeds one token of each of the row's responses
-    as queries of that row. Returns the batch and, [P, N, T], the log-probs of its tokens as they
-    were drawn (0 after the end).
+    as queries of that row. Rows whose responses have all ended leave, with their cache, as soon as
+    they are MOST_ENDED of those left. Returns the batch and, [P, N, T], the log-probs of its tokens
+    as they were drawn (0 after the end).
     """
     device = model.device
     prompt, prompt_mask = pad([prompt.tokens for prompt in prompts], "left", device)
@@ -244,28 +249,40 @@ def sample(model, prompts: list[Prompt], n: int, max_tokens: int, temperature: f
              else DynamicCache(config=model.config))
     generator = torch.Generator(device).manual_seed(seed)
     end = torch.tensor(model.end_tokens, device=device)
-    alive, steps = torch.ones(len(row), width, dtype=torch.bool, device=device), []
+    left = torch.arange(len(row), device=device)  # rows with a response that has not ended
+    shape = (len(row), width, max_tokens)
+    tokens, drawn, alive = (torch.zeros(shape, dtype=dtype, device=device)
+                            for dtype in (torch.long, torch.float32, torch.bool))
+    alive[..., 0] = True
     states = _forward(model, row, 0, mask, owner, offset, cache)[:, -1:]
     for t in range(max_tokens):
         # [R, Q, V]; behind the prompt Q = 1 distribution serves all w responses, later Q = w.
         token_logprobs = F.log_softmax(_head(model, states) / temperature, dim=-1)
         # Inverse transform sampling: the first token whose cumulative probability passes u.
         cumulative = token_logprobs.exp().cumsum(-1, dtype=torch.float64)
-        u = torch.rand(len(row), width, dtype=torch.float64, device=device, generator=generator)
-        u = u.view(len(row), states.shape[1], -1) * (1 - 2**-52)  # the product stays below the sum
+        u = torch.rand(*shape[:2], dtype=torch.float64, device=device, generator=generator)
+        u = u[left].view(*states.shape[:2], -1) * (1 - 2**-52)  # the product stays below the sum
         token = torch.searchsorted(cumulative, u * cumulative[..., -1:], right=True)
-        drawn = token_logprobs.gather(-1, token).view_as(alive)
-        token = token.view_as(alive)
-        steps.append((token.where(alive, 0), alive, drawn.where(alive, 0.0)))
-        alive = alive & ~torch.isin(token, end)
-        # Asking a GPU whether all have ended stalls it: ask at every eighth token.
-        if t + 1 == max_tokens or (device.type == "cpu" or t % 8 == 7) and not alive.any():
+        now = alive[left, :, t]
+        drawn[left, :, t] = token_logprobs.gather(-1, token).view_as(now).where(now, 0.0)
+        tokens[left, :, t] = token = token.view_as(now).where(now, 0)
+        now = now & ~torch.isin(token, end)
+        if t + 1 == max_tokens:
             break
+        alive[left, :, t + 1] = now
+        # Asking a GPU how many have ended stalls it: ask at every eighth token.
+        if device.type == "cpu" or t % 8 == 7:
+            stay = now.any(1).nonzero()[:, 0]
+            if len(stay) == 0:
+                break
+            if model.shared_rows and len(stay) <= (1 - MOST_ENDED) * len(left):
+                cache.batch_select_indices(stay)
+                left, token, mask, owner, offset = (
+                    x[stay] for x in (left, token, mask, owner, offset))
         states = _forward(model, token, row.shape[1] + t * width, mask, owner, offset, cache)
-    tokens, alive, drawn = (torch.stack(x, -1).view(len(prompts), n, -1) for x in zip(*steps))
     longest = int(alive.sum(-1).max())
-    batch = Batch(prompts, prompt, prompt_mask, tokens[..., :longest], alive[..., :longest])
-    return batch, drawn[..., :longest]
+    parts = [x[..., :longest].reshape(len(prompts), n, -1) for x in (tokens, alive, drawn)]
+    return Batch(prompts, prompt, prompt_mask, *parts[:2]), parts[2]
 
 def ended(model, batch: Batch) -> Tensor:
     """[P, N] True where a response closes with an end token, False where it was cut."""

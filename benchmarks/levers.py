@@ -94,6 +94,12 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
     padded = patch.object(common, "_read_rows", lambda model, batch, fed: read_rows(
         model, batch, torch.ones_like(fed)))
     copying = patch.object(common, "_GrowingLayer", lambda size: DynamicLayer())
+    many = patch.object(model, "end_tokens", list(range(1, VOCABULARY * 4 // shape[1])))
+
+    def sample_ends() -> None:
+        with many:
+            sample()
+
     chunks = {k: patch.object(common, "MOST_LOGITS", 2**k) for k in (22, 23, 24, 27)}
     return {
         "update: rows of the cheapest width, not plain rows": (update, under(width(1), update)),
@@ -111,6 +117,8 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
         "sampling: rows of the cheapest width, not all responses in one":
             (sample, under(width(n), sample)),
         "sampling: a cache that copies nothing": (sample, under(copying, sample)),
+        "sampling: responses of many lengths, ended rows leave":
+            (sample_ends, under(patch.object(common, "MOST_ENDED", 2), sample_ends)),
         "sampling: inference mode": (torch.inference_mode()(sample), sample),
         "draw: inverse transform, not Gumbel noise, vocabulary 8,000":
             (draw_by_inverse(8_000), draw_by_gumbel(8_000)),

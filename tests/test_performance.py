@@ -109,6 +109,30 @@ def test_the_growing_cache_holds_what_a_static_one_holds_and_copies_nothing():
     assert len(places) == 1
 
 
+def test_rows_that_have_ended_leave_and_change_nothing(monkeypatch):
+    """Of the rows fed never more than a quarter have ended; the same draws as plain rows,
+    which stay to the end."""
+    model, fed = make_model("llama"), []
+    model.end_tokens = [1, 2, 3]  # responses of many lengths
+    prompts = make_prompts(*([token, token + 1] for token in range(2, 14)))
+    inner = model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda **inputs: (
+        fed.append(inputs["input_ids"].shape), inner(**inputs))[1])
+    set_width(monkeypatch, 2)
+    batch, drawn = common.sample(model, prompts, 2, 30, 1.0, seed=5)
+    going = batch.response_mask.any(1).sum(0).tolist()  # rows with a living response, by token
+    sizes = [rows for rows, asked in fed[1:] if asked == 2]
+    assert len(sizes) == len(going) - 1 and going[-1] <= 2 < 12 == sizes[0]
+    assert all(rows > 0.75 * size for size, rows in zip(sizes, going[1:]))
+    assert len(set(sizes)) > 3
+    model.shared_rows = False
+    set_width(monkeypatch, 1)
+    plain, values = common.sample(model, prompts, 2, 30, 1.0, seed=5)
+    assert torch.equal(batch.response_tokens, plain.response_tokens)
+    assert torch.equal(batch.response_mask, plain.response_mask)
+    torch.testing.assert_close(drawn, values, atol=2e-5, rtol=2e-4)
+
+
 def test_a_draw_is_the_first_token_whose_cumulative_probability_passes_u(monkeypatch):
     """Tokens of probability 0 are never drawn, even if u is 0 or as near to 1 as numbers go."""
     model = make_model("llama", vocab_size=6)
