@@ -35,7 +35,7 @@ How this differs from the paper (read: arXiv v1, not the ICLR version):
     (J-BOND, made for two samples, has (6) instead); N = 8, k = 16 at 0.892, not 0.889. Take
     --anchor-samples 2N or more for fixed and copy.
  4. "every 1/η steps" for --anchor copy is the paper's own comparison (η = 0.02 against 50 steps).
-    η is 0.05 by default, for a run of 120 steps; the paper's main runs have 0.02.
+    η is 0.1 by default, for a run of 100 steps; the paper's main runs have 0.02.
  5. With --updates-per-sample above 1 the later updates reuse y, A and ℓ of the first without
     importance weights: then (4) and (7) hold approximately.
 
@@ -77,7 +77,7 @@ class Args:
     """a response is cut after so many tokens"""
     temperature: float = 1.0
     """softmax temperature of sampling and of all log-probs alike"""
-    steps: int = 120
+    steps: int = 100
     """batches of samples to train on"""
     updates_per_sample: int = 1
     """optimizer steps on each batch of samples"""
@@ -115,7 +115,7 @@ class Args:
     """responses k of the anchor a prompt, of which the first --best-of compete; J-BOND has 2"""
     jeffreys: float = 0.5
     """b, the weight of the backward KL; 1 − b is that of the forward KL"""
-    eta: float = 0.05
+    eta: float = 0.1
     """η, how fast the anchor follows: share of the policy an update, or a copy every 1/η steps"""
     gamma: float = 0.0
     """γ, the weight of one more KL to the anchor, which slows the policy down"""

@@ -69,7 +69,7 @@ class Args:
     """a response is cut after so many tokens"""
     temperature: float = 1.0
     """softmax temperature of sampling and of all log-probs alike"""
-    steps: int = 120
+    steps: int = 100
     """batches of samples to train on"""
     updates_per_sample: int = 1
     """optimizer steps on each batch of samples"""
