@@ -104,8 +104,9 @@ def main() -> None:
     print(commands(kills))
     print("## Disks, files, processes, clocks, numbers\n")
     print("The disk is a small tmpfs that is filled just before the write. A folder without the "
-          "right to write is met by a process of another user. Bad numbers come in step 5 of 10: "
-          "where they stop the run, the checkpoint of step 4 is kept and continues bit-equal.\n")
+          "right to write is met by a process that, if it is root's, has given up root's right to "
+          "write everywhere. Bad numbers come in step 5 of 10: where they stop the run, the "
+          "checkpoint of step 4 is kept and continues bit-equal.\n")
     print(table(head, counts(rest)))
     print("What a run says (`brain.py`; `…` is the folder):\n")
     print(table(["fault", "line"], said(rest)))

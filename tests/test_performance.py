@@ -16,6 +16,7 @@ import common
 import dpo
 import gdc
 import wind
+from analyze import performance
 
 SCRIPTS = {"brain": brain, "gdc": gdc, "dpo": dpo, "wind": wind, "bond": bond}
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [
@@ -146,6 +147,10 @@ def test_a_draw_is_the_first_token_whose_cumulative_probability_passes_u(monkeyp
         assert law[:token].sum() <= u < law[: token + 1].sum() + 1e-7
         assert law[token] > 0
         assert drawn.item() == pytest.approx(law[token].log().item(), abs=1e-6)
+
+
+def test_the_page_on_performance_is_up_to_date():
+    assert performance.page() == (Path(brain.__file__).parent / "docs/performance.md").read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
