@@ -135,8 +135,9 @@ class Run:
                 f"--track {args.track}: not installed; pip install {args.track}")
         name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", name))
-        require(args.resume or not self.folder.exists(), f"--run-dir {self.folder}: exists; "
-                f"continue it with --resume {self.folder}, or name another")
+        # Rank 0 alone asks: to a slower one its folder would seem to be another run's.
+        require(self.rank or args.resume or not self.folder.exists(), "--run-dir "
+                f"{self.folder}: exists; continue it with --resume {self.folder}, or name another")
 
     def shard(self, model):
         """The model, spread over the processes if there are several."""

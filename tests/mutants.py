@@ -197,6 +197,7 @@ MUTANTS = [
     ("runlog.py", "self.average(torch.tensor(float(self.interrupted), device=self.device))",
      "self.interrupted", FAULTS, "all_processes"),
     ("runlog.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", FAULTS, "holds_its_folder"),
+    ("runlog.py", "self.rank or args.resume or", "args.resume or", RANKS, "slow_rank"),
     ("runlog.py", "min(1.25, n) and not self.warned", "min(1.25, n)", FAULTS, "said_once"),
     ("runlog.py", "TIME_OUT_REMOTE_CODE = 0", "TIME_OUT_REMOTE_CODE = 9", SECURITY, "own_code"),
     ("brain.py", "common.require(grad_norm.isfinite(),", "common.require(True,", FAULTS,

@@ -320,3 +320,13 @@ def test_the_command_line_ends_clean_and_an_error_is_said_once(tmp_path):
     done = subprocess.run([*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True, timeout=120,
                           capture_output=True)  # the run folder exists
     assert done.returncode == 1 and done.stderr.count("error: --run-dir") == 1, done.stderr
+
+
+def test_a_slow_rank_does_not_take_the_folder_of_rank_0_for_another_run(tmp_path, monkeypatch):
+    args = brain.Args(run_dir=str(tmp_path))  # made by rank 0 while this one was still loading
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setenv("RANK", "1")
+    assert runlog.Run(args, brain.__file__).folder == tmp_path
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        runlog.Run(args, brain.__file__)

@@ -70,7 +70,7 @@ def hook(event, args):
         print("NETWORK", event, args, file=sys.stderr, flush=True)
         os._exit(77)
     if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR):
-        print("WRITES", os.path.abspath(os.fsdecode(args[0])), flush=True)
+        os.write(1, b"\\nWRITES %b\\n" % os.path.abspath(os.fsencode(args[0])))  # threads write as well
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 sys.addaudithook(hook)
