@@ -122,8 +122,9 @@ def main() -> None:
     print(commands(data))
     print("## Long runs\n")
     print("Memory and open files were looked at from outside, ten times a second; the slope leaves "
-          "out the first tenth of the steps. Milliseconds are medians of the run's own times; the "
-          "machine was not idle.\n")
+          "out the first tenth of the steps. Milliseconds are medians of the runs' own times: of "
+          "the last 100 steps, and of the first 100 of a fresh run started beside them, as the "
+          "speed of a shared machine changes within a minute.\n")
     print(table(["script", "steps", *LONG], [
         [f"`{x['script']}.py`", f"{x['steps']:,}", *(x[key] for key in LONG)] for x in long]))
     print(commands(long))
