@@ -239,8 +239,8 @@ def disk(world: World, small: Path) -> Iterator[Outcome]:
     for where, call in (("the checkpoint", ("save", 2)), ("the log", ("log", 5)),
                         ("final/", ("close", 1))):
         folder = world.new()
-        code, error = world.start(folder, lambda c=call, f=folder: before(
-            *c, lambda: lock(f, 0o555, 0o444), as_anyone=True)).end()
+        code, error = world.start(
+            folder, lambda c=call, f=folder: before(*c, lambda: deny(f))).end()
         problems = refused(code, error, str(folder), "Permission denied") + world.torn(folder)
         if folder.exists():
             lock(folder, 0o755, 0o644)
@@ -248,7 +248,7 @@ def disk(world: World, small: Path) -> Iterator[Outcome]:
                       {"line": error})
 
 
-def before(method: str, call: int, what: Callable, as_anyone: bool = False) -> None:
+def before(method: str, call: int, what: Callable) -> None:
     """`what` happens before the call-th call of a Run's method."""
     original, calls = getattr(runlog.Run, method), itertools.count(1)
 
@@ -258,8 +258,13 @@ def before(method: str, call: int, what: Callable, as_anyone: bool = False) -> N
         return original(*inputs)
 
     setattr(runlog.Run, method, replacement)
-    if as_anyone and not os.getuid():
+
+
+def deny(folder: Path) -> None:
+    """Takes this process's right to write in a folder, be it root's."""
+    if not os.getuid():
         heed_file_modes()
+    lock(folder, 0o555, 0o444)
 
 
 def heed_file_modes() -> None:
