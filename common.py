@@ -26,7 +26,8 @@ from prompts import Prompt, encode_prompt, load_prompts, pick, seed_of  # noqa: 
 from runlog import load, require
 from shards import through
 
-MOST_LOGITS = 2**25  # held at once in fp32: 128 MiB
+FEWEST_ROWS, MOST_LOGITS = 256, 2**22  # in a chunk of the head; in fp32: 16 MiB
+FEW_ROWS = 32  # of a product that a CPU is given the other way round
 MOST_ENDED = 0.25  # of the rows that are sampled: as many have to end for them to leave
 
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
@@ -195,7 +196,7 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
             entropy = -torch.linalg.vecdot(finite.exp(), finite)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
-    rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
+    rows = max(FEWEST_ROWS, MOST_LOGITS // model.config.get_text_config().vocab_size)
     if len(targets) > rows:
         read = partial(checkpoint, read, use_reentrant=False)
     pieces = [read(*piece) for piece in zip(states.split(rows), targets.split(rows))]
@@ -358,9 +359,28 @@ def load_model(run, flag: str, name: str, auto_class, dtype: torch.dtype):
     require(not info["missing_keys"], f"{flag} {name}: a {type(model).__name__} needs "
             f"{', '.join(sorted(info['missing_keys'])[:3])}, which the checkpoint lacks")
     model.to(run.device).eval()
+    if run.device.type == "cpu" and torch.backends.mkl.is_available():
+        turn_products(model)
     model.mixed = dtype == torch.float32 and run.device.type == "cuda" and run.args.dtype == "mixed"
     _choose_rows(flag, name, model)
     return model
+
+class _TurnedLinear(torch.nn.Linear):
+    """x Wᵀ computed as (W xᵀ)ᵀ where x has few rows, as in a decoding step: MKL does the first far
+    below the speed of memory, the second two to three times as fast (docs/log.md)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > FEW_ROWS * self.in_features:
+            return super().forward(x)
+        out = (self.weight @ x.reshape(-1, self.in_features).T).T.contiguous()
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+def turn_products(model) -> None:
+    """Gives the model's linear layers the forward of `_TurnedLinear`; weights stay as they are."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = _TurnedLinear
 
 @torch.no_grad()
 def _choose_rows(flag: str, name: str, model) -> None:

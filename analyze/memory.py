@@ -94,14 +94,14 @@ def activations(model: Llama, slots: int, hidden: int = 34, inner: int = 8) -> i
 def update(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
     """Bytes a GPU in a backward pass: gradients; root and two blocks gathered, and the gradients of
     root and one block before they are reduced; bfloat16 copies, which autocast keeps, of all that
-    multiplies in the blocks; activations; logits in float32, three times a chunk of 2^25."""
+    multiplies in the blocks; activations; logits in float32, three times a chunk."""
     gathered = weight * (2 * model.root + 3 * model.block) * (gpus > 1)
     logits = batch.micro_batch * batch.samples * batch.response_tokens * model.vocab
     return {"gradients": weight * model.parameters / gpus, "gathered blocks": gathered,
             "autocast's copies": 2 * model.layers * model.block * (weight == 4),
             "activations": activations(model, batch.micro_batch * batch.slots,
                                        34 if weight == 4 else 24),
-            "logits": 3 * 4 * min(2**25, logits)}
+            "logits": 3 * 4 * min(max(256 * model.vocab, 2**22), logits)}
 
 
 def seconds(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:

@@ -20,7 +20,7 @@ import tyro
 import common
 import dpo
 from benchmarks import side_by_side
-from benchmarks.side_by_side import VOCABULARY, make_model, make_tokenizer
+from benchmarks.side_by_side import VOCABULARY, make_model, make_ours, make_tokenizer
 
 PAIRS, BETA = 4, 0.1
 
@@ -46,7 +46,7 @@ def make_rows(prompt: int, response: int) -> tuple[list[list[int]], list[list[li
 
 def our_step(prompt: int, response: int):
     """A function that takes one step of dpo.py's and returns its loss."""
-    policy = make_model()
+    policy = make_ours()
     ref, args = copy.deepcopy(policy).requires_grad_(False), dpo.Args(beta=BETA)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
     prompts, responses = make_rows(prompt, response)

@@ -27,7 +27,7 @@ import common
 import gdc
 from benchmarks import side_by_side
 from benchmarks.online_step import BETA, PROMPTS, make_prompts
-from benchmarks.side_by_side import make_model, make_tokenizer
+from benchmarks.side_by_side import make_model, make_ours, make_tokenizer
 
 N = 8
 LR = 1e-6
@@ -47,9 +47,9 @@ class Args:
 
 def our_step(prompt: int, response: int, lengths: list[int]):
     """A function that takes one step of gdc.py's, notes its lengths and returns the policy."""
-    policy, tokenizer = make_model(), make_tokenizer()
+    policy, tokenizer = make_ours(), make_tokenizer()
     ref, proposal = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    judge = common.RewardModel(make_model(transformers.LlamaForSequenceClassification), tokenizer,
+    judge = common.RewardModel(make_ours(transformers.LlamaForSequenceClassification), tokenizer,
                                policy, tokenizer, False)
     judge.model.requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), LR, weight_decay=0.0, fused=True)

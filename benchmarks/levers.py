@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 import common
 from benchmarks import side_by_side
-from benchmarks.side_by_side import VOCABULARY, make_model
+from benchmarks.side_by_side import VOCABULARY, make_model, make_ours
 from benchmarks.where import about
 
 SHAPES = ((256, 48, 2, 8), (64, 256, 2, 8), (64, 512, 4, 2))
@@ -62,7 +62,7 @@ def draw_by_inverse(vocabulary: int) -> Callable:
 
 def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callable]]:
     """(with, without) by name, at one shape."""
-    model, batch = make_model(), make_batch(*shape)
+    model, batch = make_ours(), make_batch(*shape)
     read_rows, prompts, n = common._read_rows, batch.prompts, shape[3]
     optimizers = [torch.optim.AdamW(make_model().parameters(), 1e-6, **options)
                   for options in ({"fused": True}, {"foreach": False})]
@@ -100,15 +100,16 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
         with many:
             sample()
 
-    chunks = {k: patch.object(common, "MOST_LOGITS", 2**k) for k in (22, 23, 24, 27)}
+    chunks = {k: patch.object(common, "MOST_LOGITS", 2**k) for k in (24, 25, 27)}
+    unturned = patch.object(common, "FEW_ROWS", 0)
     return {
         "update: rows of the cheapest width, not plain rows": (update, under(width(1), update)),
         "update: rows of the cheapest width, not all responses in one":
             (update, under(width(n), update)),
         "update: rows without gaps": (update, under(padded, update)),
-        "update: logits in chunks of 128 MiB, not of 512": (update, under(chunks[27], update)),
-        "update: logits in chunks of 64 MiB, not of 128": (under(chunks[24], update), update),
-        "update: logits in chunks of 16 MiB, not of 128": (under(chunks[22], update), update),
+        "update: logits in chunks of 16 MiB, not of 64": (update, under(chunks[24], update)),
+        "update: logits in chunks of 16 MiB, not of 128": (update, under(chunks[25], update)),
+        "update: logits in chunks of 16 MiB, not of 512": (update, under(chunks[27], update)),
         "update: all threads, not one": (update, on_one_thread),
         "log-probs: no entropy where none is asked for":
             (lambda: common.logprobs(model, batch, 1.0),
@@ -119,6 +120,7 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
         "sampling: a cache that copies nothing": (sample, under(copying, sample)),
         "sampling: responses of many lengths, ended rows leave":
             (sample_ends, under(patch.object(common, "MOST_ENDED", 2), sample_ends)),
+        "sampling: products of few rows turned": (sample, under(unturned, sample)),
         "sampling: inference mode": (torch.inference_mode()(sample), sample),
         "draw: inverse transform, not Gumbel noise, vocabulary 8,000":
             (draw_by_inverse(8_000), draw_by_gumbel(8_000)),

@@ -84,6 +84,8 @@ def main(args: Args) -> None:
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if device.type == "cpu":
+        common.turn_products(model)
     model.mixed, model.shared_rows, model.end_tokens = False, True, [vocabulary]  # none ends early
     peaks = limits(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)

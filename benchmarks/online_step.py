@@ -28,7 +28,7 @@ import tyro
 import brain
 import common
 from benchmarks import side_by_side
-from benchmarks.side_by_side import VOCABULARY, make_model, make_tokenizer
+from benchmarks.side_by_side import VOCABULARY, make_model, make_ours, make_tokenizer
 
 PROMPTS, BETA = 2, 0.1
 PHASES = ("sample", "score", "log-probs", "update")
@@ -56,9 +56,9 @@ def make_prompts(length: int, count: int) -> list[list[int]]:
 
 def our_step(prompt: int, response: int, n: int, count: int = PROMPTS, **shape):
     """A function that takes one step of brain.py's and returns the seconds of its phases."""
-    policy, tokenizer = make_model(**shape), make_tokenizer()
+    policy, tokenizer = make_ours(**shape), make_tokenizer()
     ref, proposal = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    judge = common.RewardModel(make_model(transformers.LlamaForSequenceClassification, **shape),
+    judge = common.RewardModel(make_ours(transformers.LlamaForSequenceClassification, **shape),
                                tokenizer, policy, tokenizer, False)
     judge.model.requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)

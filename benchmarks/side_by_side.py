@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import common
 from benchmarks.where import ROOT, about
 
 VOCABULARY = 8_000
@@ -19,7 +20,7 @@ VOCABULARY = 8_000
 
 def make_model(kind: type = transformers.LlamaForCausalLM, layers: int = 6, width: int = 256,
                vocabulary: int = VOCABULARY) -> transformers.PreTrainedModel:
-    """A Llama with random weights, ready for common.py; if nothing is said, that of all ratios."""
+    """A Llama with random weights; if nothing is said, that of all ratios."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 43 // 16,
@@ -27,6 +28,13 @@ def make_model(kind: type = transformers.LlamaForCausalLM, layers: int = 6, widt
         bos_token_id=None, eos_token_id=1, pad_token_id=0, num_labels=1)
     model = kind(config).eval()
     model.mixed, model.shared_rows, model.end_tokens = False, True, [1]
+    return model
+
+
+def make_ours(*args, **shape) -> transformers.PreTrainedModel:
+    """The same as `common.load_model` makes it ready."""
+    model = make_model(*args, **shape)
+    common.turn_products(model)
     return model
 
 

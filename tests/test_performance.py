@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import ARCHITECTURES, make_model, make_prompts, make_world
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
 import bond
@@ -15,6 +16,7 @@ import brain
 import common
 import dpo
 import gdc
+import runlog
 import wind
 from analyze import performance
 
@@ -36,12 +38,17 @@ def set_width(monkeypatch, width: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_of_every_width_give_the_numbers_of_plain_rows(architecture, monkeypatch):
-    """Log-probs, entropies, gradients, rewards and, from equal draws, samples."""
+    """Log-probs, entropies, gradients, rewards and, from equal draws, samples; also with the
+    products of few rows turned."""
     model, judge = make_model(architecture), make_model(architecture, labels=1)
     prompts = make_prompts(*PROMPTS)
     found = []
-    for shared, width in ((False, 1), (True, 1), (True, 2), (True, 4)):
+    for shared, width, turned in ((False, 1, False), (True, 1, False), (True, 2, False),
+                                  (True, 4, False), (True, 4, True)):
         model.shared_rows = judge.shared_rows = shared
+        if turned:
+            common.turn_products(model)
+            common.turn_products(judge)
         set_width(monkeypatch, width)
         logprobs, entropy = common.logprobs_and_entropy(model, ragged(), 0.7)
         model.zero_grad()
@@ -108,6 +115,47 @@ def test_the_growing_cache_holds_what_a_static_one_holds_and_copies_nothing():
             assert torch.equal(mine, other[:, :, :filled])
         places.add(ours[0].data_ptr())
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5), (common.FEW_ROWS + 1, 5), (0, 5)])
+def test_turned_products_are_those_of_a_linear_layer(bias, shape):
+    """Values, gradients and memory layout; more than FEW_ROWS rows are not turned."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(5, 7, bias), torch.randn(shape)
+    found = []
+    for turn in (False, True):
+        if turn:
+            common.turn_products(layer)
+            layer.zero_grad()
+        x.requires_grad_().grad = None
+        out = layer(x)
+        out.square().sum().backward()
+        assert out.is_contiguous()
+        found.append([out.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    assert isinstance(layer, common._TurnedLinear)
+    for plain, turned in zip(*found, strict=True):
+        torch.testing.assert_close(turned, plain)
+
+
+def test_cpu_products_of_few_rows_are_turned(tmp_path, monkeypatch):
+    """In all linear layers of a loaded model, where MKL computes them; more rows are not."""
+    plain, taken = torch.nn.Linear.forward, []
+    monkeypatch.setattr(torch.nn.Linear, "forward",
+                        lambda layer, x: taken.append(len(x)) or plain(layer, x))
+    make_model("llama").save_pretrained(tmp_path)
+    for mkl in (True, False):
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda mkl=mkl: mkl)
+        run = runlog.Run(brain.Args(), brain.__file__)
+        run.device = torch.device("cpu")
+        model = common.load_model(run, "--policy", str(tmp_path), AutoModelForCausalLM,
+                                  torch.float32)
+        kinds = {type(x) for x in model.modules() if isinstance(x, torch.nn.Linear)}
+        assert kinds == {common._TurnedLinear if mkl else torch.nn.Linear}
+        layer, taken[:] = model.get_output_embeddings(), []
+        for rows in (common.FEW_ROWS, common.FEW_ROWS + 1):
+            layer(torch.zeros(rows, layer.in_features))
+        assert taken == [common.FEW_ROWS] * (not mkl) + [common.FEW_ROWS + 1]
 
 
 def test_rows_that_have_ended_leave_and_change_nothing(monkeypatch):
