@@ -27,7 +27,7 @@ from runlog import load, require
 from shards import through
 
 FEWEST_ROWS, MOST_LOGITS = 256, 2**22  # in a chunk of the head; in fp32: 16 MiB
-FEW_ROWS = 32  # of a product that a CPU is given the other way round
+FEW_ROWS, LARGE = 32, 2**16  # rows and weights of a product that is turned round on a CPU
 MOST_ENDED = 0.25  # of the rows that are sampled: as many have to end for them to leave
 
 def require_finite(values: Tensor, what: str, batch: "Batch") -> None:
@@ -367,7 +367,8 @@ def load_model(run, flag: str, name: str, auto_class, dtype: torch.dtype):
 
 class _TurnedLinear(torch.nn.Linear):
     """x Wᵀ computed as (W xᵀ)ᵀ where x has few rows, as in a decoding step: MKL does the first far
-    below the speed of memory, the second two to three times as fast (docs/log.md)."""
+    below the speed of memory, the second two to three times as fast. Not where W is small: it stays
+    in the core's cache, and the turning costs more."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() > FEW_ROWS * self.in_features:
@@ -377,9 +378,9 @@ class _TurnedLinear(torch.nn.Linear):
         return out if self.bias is None else out + self.bias
 
 def turn_products(model) -> None:
-    """Gives the model's linear layers the forward of `_TurnedLinear`; weights stay as they are."""
+    """Gives the model's large linear layers the forward of `_TurnedLinear`, and leaves weights."""
     for module in model.modules():
-        if type(module) is torch.nn.Linear:
+        if type(module) is torch.nn.Linear and module.weight.numel() >= LARGE:
             module.__class__ = _TurnedLinear
 
 @torch.no_grad()

@@ -149,6 +149,7 @@ MUTANTS = [
     ("common.py", "out if self.bias is None else out + self.bias", "out", PERFORMANCE, "turned"),
     ("common.py", "self.in_features).T).T.contiguous()", "self.in_features).T)", PERFORMANCE, "turned"),
     ("common.py", "        turn_products(model)", "        pass", PERFORMANCE, "cpu_products"),
+    ("common.py", "module.weight.numel() >= LARGE", "module.weight.numel() > 0", PERFORMANCE, "cpu_products"),
     ("common.py", "now & ~torch.isin(token, end)", "now & (token != end[0])", CORE, "bug04"),
     ("common.py", "row.shape[1] + t * width", "row.shape[1]", CORE, "bug08 and llama"),
     ("common.py", "view_as(now).where(now, 0.0)", "view_as(now)", CORE, "bug08"),

@@ -42,6 +42,7 @@ def test_rows_of_every_width_give_the_numbers_of_plain_rows(architecture, monkey
     products of few rows turned."""
     model, judge = make_model(architecture), make_model(architecture, labels=1)
     prompts = make_prompts(*PROMPTS)
+    monkeypatch.setattr(common, "LARGE", 1)
     found = []
     for shared, width, turned in ((False, 1, False), (True, 1, False), (True, 2, False),
                                   (True, 4, False), (True, 4, True)):
@@ -119,9 +120,10 @@ def test_the_growing_cache_holds_what_a_static_one_holds_and_copies_nothing():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5), (common.FEW_ROWS + 1, 5), (0, 5)])
-def test_turned_products_are_those_of_a_linear_layer(bias, shape):
-    """Values, gradients and memory layout; more than FEW_ROWS rows are not turned."""
+def test_turned_products_are_those_of_a_linear_layer(bias, shape, monkeypatch):
+    """Values, gradients and memory layout."""
     torch.manual_seed(0)
+    monkeypatch.setattr(common, "LARGE", 5 * 7)
     layer, x = torch.nn.Linear(5, 7, bias), torch.randn(shape)
     found = []
     for turn in (False, True):
@@ -139,19 +141,21 @@ def test_turned_products_are_those_of_a_linear_layer(bias, shape):
 
 
 def test_cpu_products_of_few_rows_are_turned(tmp_path, monkeypatch):
-    """In all linear layers of a loaded model, where MKL computes them; more rows are not."""
+    """In the large linear layers of a loaded model, where MKL computes them; more rows are not."""
     plain, taken = torch.nn.Linear.forward, []
     monkeypatch.setattr(torch.nn.Linear, "forward",
                         lambda layer, x: taken.append(len(x)) or plain(layer, x))
     make_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(common, "LARGE", 32 * 24)  # the head and the feed-forward layers
     for mkl in (True, False):
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda mkl=mkl: mkl)
         run = runlog.Run(brain.Args(), brain.__file__)
         run.device = torch.device("cpu")
         model = common.load_model(run, "--policy", str(tmp_path), AutoModelForCausalLM,
                                   torch.float32)
-        kinds = {type(x) for x in model.modules() if isinstance(x, torch.nn.Linear)}
-        assert kinds == {common._TurnedLinear if mkl else torch.nn.Linear}
+        for layer in (x for x in model.modules() if isinstance(x, torch.nn.Linear)):
+            large = layer.in_features * layer.out_features >= 32 * 24
+            assert isinstance(layer, common._TurnedLinear) == (mkl and large)
         layer, taken[:] = model.get_output_embeddings(), []
         for rows in (common.FEW_ROWS, common.FEW_ROWS + 1):
             layer(torch.zeros(rows, layer.in_features))
