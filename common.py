@@ -26,7 +26,8 @@ from prompts import Prompt, encode_prompt, load_prompts, pick, seed_of  # noqa: 
 from runlog import load, require
 from shards import through
 
-FEWEST_ROWS, MOST_LOGITS = 256, 2**22  # in a chunk of the head; in fp32: 16 MiB
+FEWEST_ROWS, CHUNK = 256, 2**22  # tokens of a chunk of the head, and logits of larger ones
+MOST_LOGITS = 2**25  # kept for the backward pass, in fp32: 128 MiB; of more, none is kept
 FEW_ROWS, LARGE = 32, 2**16  # rows and weights of a product that is turned round on a CPU
 MOST_ENDED = 0.25  # of the rows that are sampled: as many have to end for them to leave
 
@@ -181,7 +182,7 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
     entropies of the next-token distributions it passed through (without; 0 if not asked for).
 
     The end token counts once, nothing after it counts. The vocabulary head runs on response tokens
-    only, in chunks whose logits are computed again in the backward pass and never held together.
+    only, in chunks; if their logits are too many to keep, the backward pass computes them again.
     """
     mask, targets = batch.response_mask, batch.response_tokens[batch.response_mask]  # [tokens]
     states, before = _read_rows(model, batch, F.pad(mask[..., 1:], (0, 1)))  # all but the last
@@ -196,8 +197,9 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
             entropy = -torch.linalg.vecdot(finite.exp(), finite)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
-    rows = max(FEWEST_ROWS, MOST_LOGITS // model.config.get_text_config().vocab_size)
-    if len(targets) > rows:
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = max(FEWEST_ROWS, CHUNK // vocabulary)
+    if len(targets) * vocabulary > MOST_LOGITS:
         read = partial(checkpoint, read, use_reentrant=False)
     pieces = [read(*piece) for piece in zip(states.split(rows), targets.split(rows))]
     zeros = torch.zeros(mask.shape, device=mask.device)

@@ -7,12 +7,23 @@ A mutant is (file, old text, new text, tests, words): the tests, narrowed by the
 Prints `killed N of N`; exit code 1 if one survives.
 """
 
+import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+_caches = tempfile.TemporaryDirectory(prefix="caches-")
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+               "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": _caches.name}
+
+import datasets  # noqa: E402, F401 - what follows is imported once, for all mutants
+import matplotlib.pyplot  # noqa: E402, F401
+import pytest  # noqa: E402
+import torch.distributed.fsdp  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402, F401
+import transformers.models.gpt2.modeling_gpt2  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, SCRIPTS, PERFORMANCE = (f"tests/test_{name}.py" for name in ("core", "scripts", "performance"))
@@ -131,6 +142,8 @@ MUTANTS = [
      "bug01 and llama"),
     ("common.py", "states[before[..., :-1][mask]]", "states[before[..., 1:][mask]]", CORE,
      "bug01 and llama"),
+    ("common.py", "len(targets) * vocabulary > MOST_LOGITS", "False", CORE, "kept_or"),
+    ("common.py", "max(FEWEST_ROWS, CHUNK // vocabulary)", "CHUNK", CORE, "kept_or"),
     ("common.py", "F.pad(mask[..., 1:], (0, 1)))", "mask)", PERFORMANCE, "no_slot"),
     ("common.py", "entropy = -torch.linalg", "entropy = torch.linalg", CORE, "bug01 and llama"),
     ("common.py", "lengths.cumsum(1) - lengths", "lengths.cumsum(1)", CORE, "bug01 and llama"),
@@ -216,35 +229,66 @@ MUTANTS = [
 ]
 
 
-def survives(mutant: tuple[str, str, str, str, str]) -> str:
-    """What is wrong with the mutant's end, or an empty text if a test killed it."""
-    file, old, new, tests, words = mutant
-    source = (ROOT / file).read_text()
-    if source.count(old) != 1:
-        return f"the old text occurs {source.count(old)} times"
-    with tempfile.TemporaryDirectory() as folder:
+def become(folder: str, words: list[str]) -> None:
+    """`python -m pytest WORDS` in `folder`, in this process, up to its exit code."""
+    output = os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    sys.path[0] = folder  # in place of this file's own folder
+    code = 99
+    try:
+        code = pytest.main(["-x", "-p", "no:cacheprovider", *words])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Trial:
+    """A mutant in a copy of the code, and its tests in a process forked from this one."""
+
+    def __init__(self, mutant: tuple[str, str, str, str, str]):
+        file, old, new, tests, words = mutant
+        self.folder = tempfile.TemporaryDirectory()
+        source = (ROOT / file).read_text()
+        self.pid, self.wrong = 0, ""
+        if source.count(old) != 1:
+            self.wrong = f"the old text occurs {source.count(old)} times"
+            return
         for name in ("tests", "docs", "prepare", "analyze", "benchmarks"):
-            shutil.copytree(ROOT / name, Path(folder, name))
+            shutil.copytree(ROOT / name, Path(self.folder.name, name))
         for name in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
-            shutil.copy(name, folder)
-        Path(folder, file).write_text(source.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
-        done = subprocess.run(command + ["-k", words] * bool(words), cwd=folder,
-                              capture_output=True, text=True)
-    if done.returncode != 1:  # 0: no test failed; all else: no test was run
-        return f"pytest ended with {done.returncode}: {done.stdout[-200:]}"
-    return ""
+            shutil.copy(name, self.folder.name)
+        Path(self.folder.name, file).write_text(source.replace(old, new))
+        self.pid = os.fork()
+        if self.pid == 0:
+            become(self.folder.name, [tests, *["-k", words][: 2 * bool(words)]])
+
+    def end(self, code: int) -> None:
+        """Notes what is wrong with the exit code: all but 1 (0: no test failed; else: none ran)."""
+        if code != 1:
+            output = Path(self.folder.name, "output").read_text()
+            self.wrong = f"pytest ended with {code}: {output[-200:]}"
 
 
 def main() -> None:
     """Tries all mutants, two at a time."""
     wanted = [m for m in MUTANTS if all(word in m[0] + m[1] for word in sys.argv[1:])]
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(survives, wanted))
-    for (file, old, new, *_), outcome in zip(wanted, outcomes, strict=True):
-        if outcome:
-            print(f"SURVIVED ({outcome}) {file}: {old!r} -> {new!r}")
-    killed = outcomes.count("")
+    trials, running = [], {}
+    while running or len(trials) < len(wanted):
+        if len(running) < 2 and len(trials) < len(wanted):
+            trials.append(Trial(wanted[len(trials)]))
+            if trials[-1].pid:
+                running[trials[-1].pid] = trials[-1]
+        else:
+            pid, status = os.wait()
+            running[pid].end(os.waitstatus_to_exitcode(status))
+            running.pop(pid).folder.cleanup()
+    for (file, old, new, *_), trial in zip(wanted, trials, strict=True):
+        if trial.wrong:
+            print(f"SURVIVED ({trial.wrong}) {file}: {old!r} -> {new!r}")
+    killed = sum(not trial.wrong for trial in trials)
     print(f"killed {killed} of {len(wanted)}")
     raise SystemExit(killed < len(wanted))
 

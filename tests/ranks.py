@@ -255,9 +255,10 @@ def check_plain_rows(folder: Path, rank: int) -> list:
 def check_many_chunks(folder: Path, rank: int) -> list:
     """The same with the vocabulary head in one chunk, and in chunks of three tokens."""
     seen = []
-    for most in (2**25, 60):
+    for most in (2**25, 0):
         policy = load(folder, "llama")[0]
-        with patched(common, "MOST_LOGITS", most), patched(common, "FEWEST_ROWS", 1):
+        with (patched(common, "MOST_LOGITS", most), patched(common, "CHUNK", most),
+              patched(common, "FEWEST_ROWS", 3)):
             batch, _ = from_a_table([])(policy, PROMPTS[rank:], 3, 6, 1.0, 0)
             logprobs = common.logprobs_and_entropy(policy, batch, 1.0)[0]
             logprobs.mean().backward()

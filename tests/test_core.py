@@ -89,17 +89,36 @@ def test_bug03_probabilities_of_all_responses_sum_to_1(architecture, end):
 
 
 def test_head_in_chunks_changes_neither_values_nor_gradients(monkeypatch):
-    """Chunks of the vocabulary head are computed again in the backward pass, to the same result."""
+    """The vocabulary head at once, in chunks, and in chunks that the backward pass computes again."""
     results = []
-    for most in (2**25, 24 * 4):
-        monkeypatch.setattr(common, "FEWEST_ROWS", 1)
+    for fewest, most in ((256, 2**25), (4, 2**25), (4, 0)):
+        monkeypatch.setattr(common, "FEWEST_ROWS", fewest)
+        monkeypatch.setattr(common, "CHUNK", 0)
         monkeypatch.setattr(common, "MOST_LOGITS", most)
         model = make_model("gemma2")
         logprobs, _ = common.logprobs_and_entropy(model, ragged_batch(), 0.9)
         logprobs.sum().backward()
         results.append([logprobs.detach(), *(p.grad for p in model.parameters())])
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
+    for whole, *chunked in zip(*results, strict=True):
+        for value in chunked:
+            torch.testing.assert_close(value, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_are_kept_or_computed_again(monkeypatch):
+    """How often the head runs: once a chunk, and once more in the backward pass above MOST_LOGITS."""
+    model, batch, calls, head = make_model("llama"), ragged_batch(), [], common._head
+    tokens = int(batch.response_mask.sum())
+    monkeypatch.setattr(common, "_head", lambda *x: calls.append(len(x[1])) or head(*x))
+    for chunk, most, expected in ((24 * tokens, 24 * tokens, [tokens]),
+                                  (24 * tokens, 24 * tokens - 1, [tokens] * 2),
+                                  (24 * (tokens - 1), 24 * tokens, [tokens - 1, 1]),
+                                  (24 * (tokens - 1), 0, [tokens - 1, 1] * 2)):
+        monkeypatch.setattr(common, "FEWEST_ROWS", 1)
+        monkeypatch.setattr(common, "CHUNK", chunk)
+        monkeypatch.setattr(common, "MOST_LOGITS", most)
+        calls.clear()
+        common.logprobs_and_entropy(model, batch, 1.0)[0].sum().backward()
+        assert sorted(calls) == sorted(expected)
 
 
 def test_bug20_micro_batches_add_up_to_the_gradient_of_the_whole():
