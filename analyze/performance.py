@@ -148,17 +148,18 @@ def growth() -> str:
 
 def levers() -> str:
     """Section on each idea alone."""
-    lines = read("levers", "lever", "prompt", "response")
+    shape = ("prompt", "response", "prompts", "samples")
+    lines = read("levers", "lever", *shape)
     if not lines:
         return ""
     names = list(dict.fromkeys(line["lever"] for line in lines))
-    shapes = list(dict.fromkeys((line["prompt"], line["response"]) for line in lines))
-    found = {(x["lever"], x["prompt"], x["response"]): spread(x) for x in lines}
+    shapes = list(dict.fromkeys(tuple(line[key] for key in shape) for line in lines))
+    found = {(x["lever"], *(x[key] for key in shape)): spread(x) for x in lines}
     return ("\n## What each idea is worth alone\n\n`python -m benchmarks.levers`: time without the "
-            "idea over time with it. What is not in the code because it did not pay is in "
-            "[log.md](log.md).\n\n" + table(
-                "idea|" + "|".join(f"{p}, {r}" for p, r in shapes),
-                [[name] + [found.get((name, *shape), "") for shape in shapes] for name in names])
+            "idea over time with it; responses of random lengths up to the one named. Decisions, "
+            "and what did not pay, are in [log.md](log.md).\n\n" + table(
+                "idea|" + "|".join(f"{p}, {r}; P {count}, N {n}" for p, r, count, n in shapes),
+                [[name] + [found.get((name, *key), "") for key in shapes] for name in names])
             + "\n" + where(lines))
 
 
@@ -202,6 +203,22 @@ def default_runs() -> str:
             + table("script|before|now", rows) + "\n" + where(lines))
 
 
+def profile() -> str:
+    """Section on what the default run spends its time on."""
+    lines = read("default_profile", "script")
+    if not lines:
+        return ""
+    kinds = sorted({kind for x in lines for kind in x["shares"]},
+                   key=lambda kind: -sum(x["shares"].get(kind, 0) for x in lines))
+    return ("\n## Where the time of a default run goes\n\n`python -m benchmarks.default_profile "
+            "--script X`: shares of the wall clock of steps and evaluations, by kind of operation, "
+            "under torch's profiler, which itself slows Python and short operations down; start, "
+            "plot and end of the process are not in it.\n\n" + table(
+                "script|" + "|".join(kinds) + "|Python, and the profiler's own time",
+                [[f"{x['script']}.py", *(f"{x['shares'].get(kind, 0):.0%}" for kind in kinds),
+                  f"{x['python']:.0%}"] for x in lines]) + "\n" + where(lines))
+
+
 def draw() -> None:
     """docs/step_time.png: phases of a step, ours beside TRL's."""
     import matplotlib
@@ -228,7 +245,7 @@ def draw() -> None:
 
 def page() -> str:
     """The whole of docs/performance.md."""
-    parts = (against_trl, against_disco, default_runs, growth, limit, levers)
+    parts = (against_trl, against_disco, default_runs, profile, growth, limit, levers)
     return HEAD + "".join(part() for part in parts)
 
 

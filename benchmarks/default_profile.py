@@ -50,20 +50,23 @@ def kind_of(name: str) -> str:
 
 def main(args: Args) -> None:
     """Profiles one run."""
-    script, moments, inner = importlib.import_module(args.script), [], common.evaluate
+    script, inner = importlib.import_module(args.script), common.evaluate
+    profiled, moments = profile(activities=[ProfilerActivity.CPU]), []
 
     def evaluate(*inputs):
-        moments.append(time.perf_counter())
+        if not moments:
+            profiled.start()
+            moments.append(time.perf_counter())
         result = inner(*inputs)
-        moments.append(time.perf_counter())
+        if inputs[1] == args.steps:
+            moments.append(time.perf_counter())
+            profiled.stop()
         return result
     common.evaluate = evaluate
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
-        flags = script.Args(steps=args.steps, eval_every=args.steps, run_dir=str(run))
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            script.main(flags)
-    wall, seconds = moments[-1] - moments[0], {}
+        script.main(script.Args(steps=args.steps, eval_every=args.steps,
+                                run_dir=str(Path(folder, "run"))))
+    wall, seconds = moments[1] - moments[0], {}
     for event in profiled.events():
         kind = kind_of(event.name)
         seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total / 1e6
