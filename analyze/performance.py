@@ -188,19 +188,23 @@ def default_runs() -> str:
     before, after = {}, {}
     lines = [json.loads(x) for x in (RESULTS / "default_run.jsonl").read_text().splitlines()]
     old = [json.loads(x) for x in (RESULTS / "default_run_before.jsonl").read_text().splitlines()]
+    again = [json.loads(x) for x in (RESULTS / "default_run_quiet.jsonl").read_text().splitlines()]
+    quiet = {line["command"].split()[1]: line for line in again}
     for kept, found in ((before, old), (after, lines)):
         for line in found:
             kept.setdefault(line["command"].split()[1], []).append(line)
     rows = [[name] + [f"{statistics.median(x['seconds'] for x in side[name]):.0f} "
                       f"({min(x['seconds'] for x in side[name]):.0f} to "
                       f"{max(x['seconds'] for x in side[name]):.0f})" for side in (before, after)]
-            for name in before if name in after]
+            + [f"{quiet[name]['seconds']:.0f}"] for name in before if name in after]
     return ("\n## The default runs\n\n`python -m benchmarks.default_run --script X`: seconds of "
             "the whole process, imports, evaluations and the plot included; median over the seeds "
             "(range). *Before* is the version without the ideas of this page; it took 120 steps by "
             "default, *now* is 100. The two were measured on other days, on a machine shared with "
-            "others whose speed changed by half between runs: no ratio follows from them.\n\n"
-            + table("script|before|now", rows) + "\n" + where(lines))
+            "others whose speed changed by half between runs: no ratio follows from them. The last "
+            "column is one run of seed 1 at a moment when the machine was quiet (one script "
+            "after the other).\n\n" + table("script|before|now|now, machine quiet", rows) + "\n"
+            + where(lines + again))
 
 
 def profile() -> str:
