@@ -21,13 +21,15 @@ import common
 from benchmarks import side_by_side
 from benchmarks.where import about
 
-KINDS = {  # by the beginnings of the operations' names; the first that fits
+KINDS = {  # names of operations, without what follows in _scaled_dot_product_…
     "matrix products": ("mm", "addmm", "bmm", "dot", "vdot"),
     "attention": ("_scaled_dot_product",),
     "views and new memory": ("as_strided", "view", "slice", "transpose", "t", "select", "reshape",
                              "expand", "unsqueeze", "squeeze", "permute", "alias", "detach",
-                             "empty", "resize", "_unsafe_view", "split", "narrow", "lift", "to",
-                             "linear", "matmul", "is_nonzero", "item", "_local_scalar", "result"),
+                             "empty", "empty_strided", "empty_like", "resize_", "_unsafe_view", "split",
+                             "split_with_sizes", "narrow", "lift_fresh", "detach_", "to",
+                             "linear", "matmul", "is_nonzero", "item", "_local_scalar_dense",
+                             "result_type"),
 }
 
 

@@ -263,7 +263,7 @@ class Trial:
         Path(self.folder.name, file).write_text(source.replace(old, new))
         self.pid = os.fork()
         if self.pid == 0:
-            become(self.folder.name, [tests, *["-k", words][: 2 * bool(words)]])
+            become(self.folder.name, [tests, *["-k", words] * bool(words)])
 
     def end(self, code: int) -> None:
         """Notes what is wrong with the exit code: all but 1 (0: no test failed; else: none ran)."""
