@@ -26,8 +26,8 @@ KINDS = {  # names of operations, without what follows in _scaled_dot_product_â€
     "attention": ("_scaled_dot_product",),
     "views and new memory": ("as_strided", "view", "slice", "transpose", "t", "select", "reshape",
                              "expand", "unsqueeze", "squeeze", "permute", "alias", "detach",
-                             "empty", "empty_strided", "empty_like", "resize_", "_unsafe_view", "split",
-                             "split_with_sizes", "narrow", "lift_fresh", "detach_", "to",
+                             "empty", "empty_strided", "empty_like", "resize_", "_unsafe_view",
+                             "split", "split_with_sizes", "narrow", "lift_fresh", "detach_", "to",
                              "linear", "matmul", "is_nonzero", "item", "_local_scalar_dense",
                              "result_type"),
 }
