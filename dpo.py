@@ -14,31 +14,26 @@ Bradley-Terry model of pairs (y_w preferred to y_l), this gives a loss without r
 
 --pairs sampled draws N responses of each prompt from the start model and takes the best and the
 worst by the reward model (DPO-sft at N = 2); --pairs dataset takes the columns chosen and rejected.
-Best against worst labels have no noise, so under (1) nothing holds Δ finite but the number of
-steps: no finite optimum, as the tests show ((2) and (3) stop at their margin). Pairs labelled with
-Bradley-Terry noise have, under (1), the optimum above.
 
-P prompts a step, N samples a prompt. Log-probs are sums over the tokens of a response, end token
-included, in nats at the sampling temperature. The batch that is trained on holds y_w, y_l (and, for
-slic, y_ref: the data set's completion, or else its chosen response) of each prompt: logprobs and
-ref_logprobs are [P, 2 or 3].
+P prompts per step, N samples per prompt. Log-probs are sums over the tokens of a response, end
+token included, in nats at the sampling temperature. The batch that is trained on holds y_w, y_l
+(and, for slic, y_ref: the data set's completion, or else its chosen response) of each prompt:
+logprobs and ref_logprobs are [P, 2 or 3].
     π_θ = logprobs    π_ref = ref_logprobs    τ = --beta    δ = --margin    λ = --reference-weight
 
-How this differs from the papers:
- 1. Prompts whose best and worst reward are equal make tied pairs: y_w and y_l get zero gradient,
-    and are counted.
+How this differs from the papers (more in docs/dpo.md):
+ 1. Pairs of equal rewards, or equal texts, are ties: they give no gradient, and are counted.
  2. SLiC ranks samples by a ranking model or by humans; here it is the reward model or the data set.
  3. AdamW, not RMSprop (DPO) or Adafactor (Liu et al.).
 
     python dpo.py                                       # the embedded default, no GPU needed
-    python dpo.py --policy SFT --reward-model RM --dataset PAIRS --pairs dataset
-                  --lr 1e-6 --max-response-tokens 512
+    python dpo.py --policy SFT --reward-model RM --dataset PAIRS --pairs dataset --lr 1e-6
 
 Step 1 must show the loss ln 2 = 0.6931 (sigmoid) or 1 (hinge). logprob/chosen and logprob/rejected
 usually both fall during training: the loss only asks that the rejected one falls faster.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -46,11 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-import runlog
 
 
 @dataclass
 class Args:
+    # data
     policy: str = "assets/tiny/sft"
     """causal LM to train, and the reference it starts from: a folder or a hub name"""
     reward_model: str = "assets/tiny/reward"
@@ -59,22 +54,26 @@ class Args:
     """close a response that ended with the reward model's own end token before it is scored"""
     dataset: str = "assets/tiny/data"
     """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+
+    # sampling
     prompts_per_step: int = 16
-    """prompts P a step, over all processes"""
+    """prompts per step (P), all processes together"""
     samples_per_prompt: int = 8
-    """responses N a prompt"""
+    """responses per prompt (N)"""
     max_prompt_tokens: int = 512
     """longer prompts are dropped, and counted"""
     max_response_tokens: int = 64
     """a response is cut after so many tokens"""
     temperature: float = 1.0
     """softmax temperature of sampling and of all log-probs alike"""
+
+    # optimisation
     steps: int = 100
     """batches of samples to train on"""
     updates_per_sample: int = 1
     """optimizer steps on each batch of samples"""
     micro_batch: int = 0
-    """prompts a forward and backward pass, to save memory; 0 = all; gradients stay the same"""
+    """prompts per forward and backward pass, to save memory; 0 = all; gradients stay the same"""
     lr: float = 5e-4
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
@@ -83,24 +82,26 @@ class Args:
     """the gradient is scaled down to this norm"""
     dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
     """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+
+    # run
     seed: int = 1
     """of sampling and of the order of the prompts"""
     eval_every: int = 20
     """steps between evaluations"""
     eval_prompts: int = 256
-    """held-out prompts an evaluation samples one response for"""
+    """held-out prompts, each of which an evaluation samples one response for"""
     save_every: int = 50
     """steps between checkpoints: what a kill can lose"""
     run_dir: str = ""
     """folder of the run; empty = runs/<script>-<seed>-<time>"""
     resume: str = ""
-    """folder of a run to go on with, under its own flags"""
+    """folder of a run to continue, under its own flags"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
     # DPO
     beta: float = 0.2
-    """τ, the KL weight of the target: reward units a nat"""
+    """τ, the KL weight of the target: reward units per nat"""
     loss: Literal["sigmoid", "hinge", "slic"] = "sigmoid"
     """sigmoid: DPO; hinge: SLiC against a reference; slic: SLiC as published"""
     pairs: Literal["sampled", "dataset"] = "sampled"
@@ -130,34 +131,39 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, tied: Tensor, args: Args) -
 def check(args: Args) -> None:
     """Ends the process where flags do not fit the method."""
     common.require(args.beta > 0, f"--beta {args.beta}: must be more than 0")
-    common.require(args.pairs == "dataset" or args.samples_per_prompt > 1, "--samples-per-prompt "
-                   f"{args.samples_per_prompt}: a pair needs 2 or more")
+    common.require(
+        args.pairs == "dataset" or args.samples_per_prompt > 1,
+        f"--samples-per-prompt {args.samples_per_prompt}: a pair needs 2 or more",
+    )
 
 
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last evaluation by metric name."""
     # ── set up ──
-    run = runlog.Run(args, __file__)
     check(args)
+    run = common.Run(args, __file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
-    held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
-    ref = run.frozen_copy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
+    held_out = common.score_references(reward_model, policy, held_out, 2 * args.prompts_per_step)
+    ref = common.frozen_copy(policy)
 
     # ── models of the method ──
-    asked = {"chosen": args.pairs == "dataset", "rejected": args.pairs == "dataset",
-             "reference": args.loss == "slic"}
-    for name in (name for name in asked if asked[name]):
-        common.require(all(getattr(prompt, name) is not None for prompt in train_prompts),
-                       f"--dataset {args.dataset}: a prompt has no {name} response, which "
-                       f"--pairs {args.pairs} --loss {args.loss} needs")
-    done = run.open({"policy": policy, "optimizer": optimizer})
+    where = f"--dataset {args.dataset}: a prompt has no"
+    for prompt in train_prompts:
+        pair = prompt.chosen is not None and prompt.rejected is not None
+        common.require(pair or args.pairs == "sampled", f"{where} chosen and rejected response")
+        has_reference = prompt.reference is not None
+        common.require(has_reference or args.loss != "slic", f"{where} reference response")
+    models = {"policy": policy}
 
     # ── start ──
+    common.shard(policy)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    done = run.open(models, optimizer)
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
     if done == 0:
         run.log(0, evaluation, samples)
@@ -167,76 +173,95 @@ def main(args: Args) -> dict[str, float]:
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
         started = run.clock()
         if args.pairs == "sampled":
-            batch, _ = common.sample(ref, prompts, args.samples_per_prompt,
-                                     args.max_response_tokens, args.temperature,
-                                     common.seed_of(args.seed, step, run.rank))
+            batch = common.sample(
+                ref,
+                prompts,
+                args.samples_per_prompt,
+                args.max_response_tokens,
+                args.temperature,
+                common.seed_of(args.seed, step, run.rank),
+            )
         else:
-            pairs = [[prompt.chosen, prompt.rejected] for prompt in prompts]
-            batch = common.encode_responses(tokenizer, policy, prompts, pairs,
-                                            args.max_response_tokens)
+            texts = [[prompt.chosen, prompt.rejected] for prompt in prompts]
+            batch = common.encode_responses(
+                tokenizer, policy, prompts, texts, args.max_response_tokens
+            )
 
         # ── score ──
         sampled = run.clock()
         rewards = common.score(reward_model, batch, args.micro_batch)
-        common.require_finite(rewards, "the reward", batch)
         scored = run.clock()
 
         # ── targets ──
         if args.pairs == "sampled":
-            best, row = best_and_worst(rewards), torch.arange(len(prompts), device=run.device)
-            batch = replace(batch, response_tokens=batch.response_tokens[row[:, None], best],
-                            response_mask=batch.response_mask[row[:, None], best])
+            batch = batch.choose(best_and_worst(rewards))
             tied = rewards.amax(1) == rewards.amin(1)
         else:
-            same = batch.response_tokens[:, 0] == batch.response_tokens[:, 1]
-            same &= batch.response_mask[:, 0] == batch.response_mask[:, 1]
-            tied = same.all(1)
+            tied = [chosen == rejected for chosen, rejected in batch.responses]
+            tied = torch.tensor(tied, device=run.device)
         if args.loss == "slic":
-            batch = batch.beside(common.encode_responses(
-                tokenizer, policy, prompts, [[prompt.reference] for prompt in prompts],
-                args.max_response_tokens))
+            texts = [[prompt.reference] for prompt in prompts]
+            references = common.encode_responses(
+                tokenizer, policy, prompts, texts, args.max_response_tokens
+            )
+            batch = batch.beside(references)
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = ref_logprobs
 
         # ── update ──
         for update in range(args.updates_per_sample):
-            warm = ((step - 1) * args.updates_per_sample + update + 1) / max(1, args.warmup_steps)
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, warm)
-            passes = []
+            updates = (step - 1) * args.updates_per_sample + update + 1
+            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            optimizer.param_groups[0]["lr"] = lr
+            logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
-                part = batch[rows]
-                logprobs, entropy = common.logprobs_and_entropy(policy, part, args.temperature)
-                loss = dpo_loss(logprobs, ref_logprobs[rows], tied[rows], args)
-                common.require_finite(loss, "the loss", part)
-                (loss.sum() / len(prompts)).backward()
-                passes.append((logprobs.detach(), entropy, loss.detach()))
+                part_logprobs, part_entropy = common.logprobs_and_entropy(
+                    policy, batch[rows], args.temperature
+                )
+                part_loss = dpo_loss(part_logprobs, ref_logprobs[rows], tied[rows], args)
+                common.require_finite(part_loss, "the loss", batch[rows])
+                (part_loss.sum() / len(prompts)).backward()
+                logprobs.append(part_logprobs.detach())
+                entropy.append(part_entropy)
+                loss.append(part_loss.detach())
+            logprobs, entropy, loss = torch.cat(logprobs), torch.cat(entropy), torch.cat(loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-            common.require(grad_norm.isfinite(), f"the gradient of step {step} is NaN or infinite; "
-                           "the last checkpoint is kept")
+            common.require(
+                grad_norm.isfinite(),
+                f"the gradient of step {step} is NaN or infinite; the last checkpoint is kept",
+            )
             optimizer.step()
             optimizer.zero_grad()
 
         # ── log ──
         updated = run.clock()
-        logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
-        lengths = batch.response_mask.sum(-1)
-        tokens = run.average(lengths.sum().float())
+        lengths = batch.lengths()
+        tokens = run.average(lengths.sum()).item()
         metrics = {
-            "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
-            **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
-            "entropy/token": entropy.sum() / tokens, "length/mean": lengths.float().mean(),
-            "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
-            "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
-            "time/sample_s": sampled - started, "time/score_s": scored - sampled,
+            "reward/mean": rewards.mean(),
+            "reward/std": rewards.std(1, correction=0).mean(),
+            **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            "entropy/token": entropy.sum() / tokens,
+            "length/mean": lengths.mean(),
+            "length/eos_rate": batch.ended(policy.end_tokens).float().mean(),
+            "loss": loss.mean(),
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "time/sample_s": sampled - started,
+            "time/score_s": scored - sampled,
             "time/update_s": updated - scored,
             "tokens_per_s": run.world * tokens / (updated - started),
             "memory/peak_gib": run.peak_memory(),
         }
 
         # ── log of the method ──
-        metrics |= {"logprob/chosen": logprobs[:, 0].mean(), "dpo/ties": tied.float().mean(),
-                    "logprob/rejected": logprobs[:, 1].mean(), "dpo/accuracy": (
-                        (logprobs - ref_logprobs)[:, :2].diff(dim=1) < 0).float().mean()}
+        log_ratio = logprobs - ref_logprobs
+        metrics |= {
+            "logprob/chosen": logprobs[:, 0].mean(),
+            "logprob/rejected": logprobs[:, 1].mean(),
+            "dpo/accuracy": (log_ratio[:, 0] > log_ratio[:, 1]).float().mean(),
+            "dpo/ties": tied.float().mean(),
+        }
 
         # ── evaluate ──
         samples = []
@@ -258,4 +283,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(runlog.parse_args(Args))
+    main(common.parse_args(Args))

@@ -1,9 +1,7 @@
 """DPG, GDC and GDC++: distributional policy gradients towards an energy-based target.
 
-Parshakova et al., 2019, 1912.08517 (DPG); Khalifa et al., ICLR 2021, 2012.11635 (GDC, KL-adaptive
-DPG); Korbak et al., ICML 2022, 2112.00791 (CDPG: prompts); Korbak et al., NeurIPS 2022, 2206.00761
-(the baseline, here GDC++). The papers' bodies could not be read: what is said of them is what their
-authors' published code does.
+Parshakova et al., 2019, 1912.08517 (DPG); Khalifa et al., ICLR 2021, 2012.11635 (GDC); Korbak et
+al., ICML 2022, 2112.00791 (CDPG: prompts); Korbak et al., NeurIPS 2022, 2206.00761 (GDC++).
 
 The target is p*(y|x) = P(y|x) / Z(x) with P(y|x) = p(y|x) · exp(r(x,y) / τ), p the start model. The
 policy π_θ comes close to it by gradient steps on KL(p*‖π_θ) with samples of a proposal q′ and
@@ -14,41 +12,24 @@ importance weights w = P(y|x) / q′(y|x):
     Ẑ   = mean of w: over a prompt's own N samples, or over all samples so far               (3)
     K̂L(p*‖h) = −log Z + (1/Z)·mean_q′[ w·(log P − log h) ]             h = q′ or π_θ         (4)
 
-The baseline in (2) is detached and leaves the expected gradient as it is, as E_q′[(π_θ/q′) ∇ log
-π_θ] = 0; where π_θ = p* it cancels every single weight. An adaptive proposal is a copy of an
-earlier policy; it is replaced when by (4), on fresh samples, the policy is closer to p*.
+The baseline in (2) is detached and leaves the expected gradient as it is; where π_θ = p* it cancels
+every single weight. An adaptive proposal is a copy of an earlier policy; it is replaced when by
+(4), on fresh samples, the policy is closer to p*.
 
-P prompts a step, N samples a prompt. Log-probs are sums over the tokens of a response, end token
-included, in nats at the sampling temperature; they, the rewards and w are [P, N].
+P prompts per step, N samples per prompt. Log-probs are sums over the tokens of a response, end
+token included, in nats at the sampling temperature; they, the rewards and w are [P, N].
     p = ref_logprobs    q′ = proposal_logprobs    π_θ = logprobs    r = rewards    τ = --beta
 
-    method                flags                                                      what differs
-    GDC as published      --baseline none --normalizer running --proposal adaptive   (1), one Z
-    KL-adaptive CDPG      --baseline none --normalizer prompt  --proposal adaptive   (1), Z(x)
-    on-policy DPG         --baseline none --normalizer running --proposal policy
-    CDPG                  --baseline none --normalizer prompt  --proposal policy
-    GDC++                 --baseline gdc++ --normalizer running --proposal adaptive  (2), one Z
-    GDC++ with prompts    --baseline gdc++ --normalizer prompt  --proposal adaptive  (2), Z(x)
-
-The last one is the default.
-
-How this differs:
+Published forms: --baseline none is (1), gdc++ is (2); --normalizer running has one Z for all
+prompts (GDC), prompt has Z(x) (CDPG); --proposal policy is on-policy DPG. Differences: docs/gdc.md
  1. The target is the one of KL-regularised reward maximisation; theirs constrain features of y.
-    GDC fits the λ of P by moment matching: here r/τ is given and nothing is fitted.
- 2. GDC's code leaves 1/Z out of (1), a constant factor of the step size; here it is in.
- 3. Ẑ from a prompt's own N samples makes w/Z self-normalised: exact as N grows, biased at small N.
-    The fixed point is then not exactly p*, with or without the baseline, unless the proposal has
-    come to p* as well (shown in the tests); BRAIn, which self-normalises the baseline too, is exact
-    for any proposal.
- 4. Their code updates Z and tests the proposal on all of a period's fresh samples; here the running
-    Z takes in the training samples, and a test draws one batch.
+ 2. Ẑ from a prompt's own N samples makes w/Z self-normalised: exact as N grows, biased at small N.
 
     python gdc.py                                       # the embedded default, no GPU needed
     python gdc.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
 
-Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default). Step 1
-shows kl/ref 0. The first test (step --test-every) should find gdc/kl_policy below gdc/kl_proposal,
-so gdc/replaced is 1. A weights/ess near 1/N says that --beta is too small.
+Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default); step 1 shows
+kl/ref 0. The first test should find gdc/kl_policy below gdc/kl_proposal, so gdc/replaced is 1.
 """
 
 import math
@@ -59,13 +40,13 @@ import torch
 from torch import Tensor
 
 import common
-import runlog
 
 MOST = 1e300  # of Ẑ: what is more has no place in a log
 
 
 @dataclass
 class Args:
+    # data
     policy: str = "assets/tiny/sft"
     """causal LM to train, and the reference it starts from: a folder or a hub name"""
     reward_model: str = "assets/tiny/reward"
@@ -74,22 +55,26 @@ class Args:
     """close a response that ended with the reward model's own end token before it is scored"""
     dataset: str = "assets/tiny/data"
     """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+
+    # sampling
     prompts_per_step: int = 16
-    """prompts P a step, over all processes"""
+    """prompts per step (P), all processes together"""
     samples_per_prompt: int = 8
-    """responses N a prompt"""
+    """responses per prompt (N)"""
     max_prompt_tokens: int = 512
     """longer prompts are dropped, and counted"""
     max_response_tokens: int = 64
     """a response is cut after so many tokens"""
     temperature: float = 1.0
     """softmax temperature of sampling and of all log-probs alike"""
+
+    # optimisation
     steps: int = 100
     """batches of samples to train on"""
     updates_per_sample: int = 1
     """optimizer steps on each batch of samples"""
     micro_batch: int = 0
-    """prompts a forward and backward pass, to save memory; 0 = all; gradients stay the same"""
+    """prompts per forward and backward pass, to save memory; 0 = all; gradients stay the same"""
     lr: float = 5e-4
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
@@ -98,24 +83,26 @@ class Args:
     """the gradient is scaled down to this norm"""
     dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
     """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+
+    # run
     seed: int = 1
     """of sampling and of the order of the prompts"""
     eval_every: int = 20
     """steps between evaluations"""
     eval_prompts: int = 256
-    """held-out prompts an evaluation samples one response for"""
+    """held-out prompts, each of which an evaluation samples one response for"""
     save_every: int = 50
     """steps between checkpoints: what a kill can lose"""
     run_dir: str = ""
     """folder of the run; empty = runs/<script>-<seed>-<time>"""
     resume: str = ""
-    """folder of a run to go on with, under its own flags"""
+    """folder of a run to continue, under its own flags"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
     # GDC
     beta: float = 0.2
-    """τ, the KL weight of the target: reward units a nat"""
+    """τ, the KL weight of the target: reward units per nat"""
     baseline: Literal["none", "gdc++"] = "gdc++"
     """none: weights w/Z; gdc++: w/Z − π_θ/q′"""
     normalizer: Literal["prompt", "running"] = "prompt"
@@ -127,8 +114,9 @@ class Args:
     """steps between the tests of an adaptive proposal"""
 
 
-def log_weights(ref_logprobs: Tensor, rewards: Tensor, proposal_logprobs: Tensor,
-                beta: float) -> Tensor:
+def log_weights(
+    ref_logprobs: Tensor, rewards: Tensor, proposal_logprobs: Tensor, beta: float
+) -> Tensor:
     """log w [P, N], in nats, from three [P, N]."""
     return ref_logprobs + rewards / beta - proposal_logprobs
 
@@ -138,8 +126,7 @@ def log_mean_weight(log_w: Tensor) -> Tensor:
     return log_w.logsumexp(1, keepdim=True) - math.log(log_w.shape[1])  # (3)
 
 
-def gdc_loss(logprobs: Tensor, proposal_logprobs: Tensor, weights: Tensor,
-             baseline: str) -> Tensor:
+def gdc_loss(logprobs: Tensor, proposal_logprobs: Tensor, weights: Tensor, baseline: str) -> Tensor:
     """Loss [P] of logprobs, proposal_logprobs and weights w/Z, [P, N] each: its gradient counts."""
     advantage = weights  # (1)
     if baseline == "gdc++":
@@ -157,32 +144,39 @@ def check(args: Args) -> None:
     """Ends the process where flags do not fit the method."""
     common.require(args.beta > 0, f"--beta {args.beta}: must be more than 0")
     common.require(args.test_every > 0, f"--test-every {args.test_every}: must be more than 0")
-    common.require(args.normalizer == "running" or args.samples_per_prompt > 1, f"--samples-per-"
-                   f"prompt {args.samples_per_prompt}: --normalizer prompt needs 2 or more")
+    common.require(
+        args.normalizer == "running" or args.samples_per_prompt > 1,
+        f"--samples-per-prompt {args.samples_per_prompt}: --normalizer prompt needs 2 or more",
+    )
 
 
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last evaluation by metric name."""
     # ── set up ──
-    run = runlog.Run(args, __file__)
     check(args)
+    run = common.Run(args, __file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
-    held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
-    ref = run.frozen_copy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
+    held_out = common.score_references(reward_model, policy, held_out, 2 * args.prompts_per_step)
+    ref = common.frozen_copy(policy)
 
     # ── models of the method ──
-    proposal = {"policy": policy, "sft": ref}.get(args.proposal) or run.frozen_copy(ref)
-    running = torch.nn.ParameterList([torch.zeros((), dtype=torch.float64, device=run.device)])
-    running.requires_grad_(False)  # a number that checkpoints keep, as they keep weights
-    done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal,
-                     "running": running})
+    if args.proposal == "adaptive":
+        proposal = common.frozen_copy(policy)
+    else:
+        proposal = policy if args.proposal == "policy" else ref
+    running = torch.nn.Module()  # checkpoints keep a module's numbers as they keep weights
+    running.register_buffer("z", torch.zeros((), dtype=torch.float64, device=run.device))
+    models = {"policy": policy, "proposal": proposal, "running": running}
 
     # ── start ──
+    common.shard(policy)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    done = run.open(models, optimizer)
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
     if done == 0:
         run.log(0, evaluation, samples)
@@ -191,77 +185,101 @@ def main(args: Args) -> dict[str, float]:
         # ── sample ──
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
         started = run.clock()
-        batch, _ = common.sample(proposal, prompts, args.samples_per_prompt,
-                                 args.max_response_tokens, args.temperature,
-                                 common.seed_of(args.seed, step, run.rank))
+        batch = common.sample(
+            proposal,
+            prompts,
+            args.samples_per_prompt,
+            args.max_response_tokens,
+            args.temperature,
+            common.seed_of(args.seed, step, run.rank),
+        )
 
         # ── score ──
         sampled = run.clock()
         rewards = common.score(reward_model, batch, args.micro_batch)
-        common.require_finite(rewards, "the reward", batch)
         scored = run.clock()
 
         # ── targets ──
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = common.logprobs(proposal, batch, args.temperature, args.micro_batch)
         log_w = log_weights(ref_logprobs, rewards, proposal_logprobs, args.beta)
-        raw = log_w.double().exp()
+        raw_weights = log_w.double().exp()
         if args.normalizer == "running":  # an infinite mean would make all weights 0
-            common.require_finite(raw, "the weight", batch)
-        mean = run.average(raw.clamp(max=MOST).mean())
-        running[0].lerp_(mean, 1 / step)  # the mean over all samples so far
-        log_z = log_mean_weight(log_w) if args.normalizer == "prompt" else running[0].log()
+            common.require_finite(raw_weights, "the weight", batch)
+        mean_weight = run.average(raw_weights.clamp(max=MOST).mean())
+        running.z.lerp_(mean_weight, 1 / step)  # the mean over all samples so far
+        log_z = log_mean_weight(log_w) if args.normalizer == "prompt" else running.z.log()
         weights = (log_w - log_z).exp().float()
 
         # ── update ──
         for update in range(args.updates_per_sample):
-            warm = ((step - 1) * args.updates_per_sample + update + 1) / max(1, args.warmup_steps)
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, warm)
-            passes = []
+            updates = (step - 1) * args.updates_per_sample + update + 1
+            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            optimizer.param_groups[0]["lr"] = lr
+            logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
-                part = batch[rows]
-                logprobs, entropy = common.logprobs_and_entropy(policy, part, args.temperature)
-                loss = gdc_loss(logprobs, proposal_logprobs[rows], weights[rows], args.baseline)
-                common.require_finite(loss, "the loss", part)
-                (loss.sum() / len(prompts)).backward()
-                passes.append((logprobs.detach(), entropy, loss.detach()))
+                part_logprobs, part_entropy = common.logprobs_and_entropy(
+                    policy, batch[rows], args.temperature
+                )
+                part_loss = gdc_loss(
+                    part_logprobs, proposal_logprobs[rows], weights[rows], args.baseline
+                )
+                common.require_finite(part_loss, "the loss", batch[rows])
+                (part_loss.sum() / len(prompts)).backward()
+                logprobs.append(part_logprobs.detach())
+                entropy.append(part_entropy)
+                loss.append(part_loss.detach())
+            logprobs, entropy, loss = torch.cat(logprobs), torch.cat(entropy), torch.cat(loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-            common.require(grad_norm.isfinite(), f"the gradient of step {step} is NaN or infinite; "
-                           "the last checkpoint is kept")
+            common.require(
+                grad_norm.isfinite(),
+                f"the gradient of step {step} is NaN or infinite; the last checkpoint is kept",
+            )
             optimizer.step()
             optimizer.zero_grad()
 
         # ── renew ──
         tested = {}
         if args.proposal == "adaptive" and step % args.test_every == 0:
-            fresh, _ = common.sample(proposal, prompts, args.samples_per_prompt,
-                                     args.max_response_tokens, args.temperature,
-                                     common.seed_of(args.seed, "test", step, run.rank))
-            old, new, start = (common.logprobs(model, fresh, args.temperature, args.micro_batch)
-                               for model in (proposal, policy, ref))
+            fresh = common.sample(
+                proposal,
+                prompts,
+                args.samples_per_prompt,
+                args.max_response_tokens,
+                args.temperature,
+                common.seed_of(args.seed, "test", step, run.rank),
+            )
             fresh_rewards = common.score(reward_model, fresh, args.micro_batch)
-            common.require_finite(fresh_rewards, "the reward", fresh)
-            target = start + fresh_rewards / args.beta
+            start = common.logprobs(ref, fresh, args.temperature, args.micro_batch)
+            old = common.logprobs(proposal, fresh, args.temperature, args.micro_batch)
+            new = common.logprobs(policy, fresh, args.temperature, args.micro_batch)
             fresh_w = log_weights(start, fresh_rewards, old, args.beta)
             fresh_z = log_mean_weight(fresh_w) if args.normalizer == "prompt" else log_z
-            kl = run.average(torch.stack([kl_from_target(
-                fresh_w, fresh_z, target, h).mean().double() for h in (old, new)]))
-            if closer := bool(kl[1] < kl[0]):
+            log_target = start + fresh_rewards / args.beta
+            kl_old = kl_from_target(fresh_w, fresh_z, log_target, old).double().mean()
+            kl_new = kl_from_target(fresh_w, fresh_z, log_target, new).double().mean()
+            kl_old, kl_new = run.average(torch.stack([kl_old, kl_new])).tolist()
+            if kl_new < kl_old:
                 proposal.load_state_dict(policy.state_dict())
-            tested = {"gdc/kl_proposal": kl[0], "gdc/kl_policy": kl[1], "gdc/replaced": closer}
+            tested = {"gdc/kl_proposal": kl_old, "gdc/kl_policy": kl_new}
+            tested["gdc/replaced"] = kl_new < kl_old
 
         # ── log ──
         updated = run.clock()
-        logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
-        lengths = batch.response_mask.sum(-1)
-        tokens = run.average(lengths.sum().float())
+        lengths = batch.lengths()
+        tokens = run.average(lengths.sum()).item()
         metrics = {
-            "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
-            **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
-            "entropy/token": entropy.sum() / tokens, "length/mean": lengths.float().mean(),
-            "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
-            "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
-            "time/sample_s": sampled - started, "time/score_s": scored - sampled,
+            "reward/mean": rewards.mean(),
+            "reward/std": rewards.std(1, correction=0).mean(),
+            **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            "entropy/token": entropy.sum() / tokens,
+            "length/mean": lengths.mean(),
+            "length/eos_rate": batch.ended(policy.end_tokens).float().mean(),
+            "loss": loss.mean(),
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "time/sample_s": sampled - started,
+            "time/score_s": scored - sampled,
             "time/update_s": updated - scored,
             "tokens_per_s": run.world * tokens / (updated - started),
             "memory/peak_gib": run.peak_memory(),
@@ -292,4 +310,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(runlog.parse_args(Args))
+    main(common.parse_args(Args))

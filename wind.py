@@ -1,9 +1,8 @@
 """WIND: win-rate dominance, a regularised game that a policy plays against itself.
 
-Source: Yang et al., AISTATS 2025, 2410.20727. Its body could not be read: the forms below are
-derived from its abstract and from magnetic mirror descent (Sokota et al., 2206.05825), and were
-checked numerically. What is the paper's: the game, and risks of three kinds. What is derived: every
-formula on this page, and every default.
+Source: Yang et al., AISTATS 2025, 2410.20727. Its body could not be read: the game and the three
+kinds of risk are the paper's; every formula below and every default is derived, from its abstract
+and from magnetic mirror descent (Sokota et al., 2206.05825). docs/wind.md has the derivations.
 
 With P(y ≻ y′) = 1 if r(y) > r(y′), ½ if equal, else 0, and g_t(y) = E_{y′~π_t} P(y ≻ y′), the game
 maximises E_{y~π} P(y ≻ π′) − β·KL(π‖π_ref). Its equilibrium is π* ∝ π_ref · exp(g_π*(y) / β), and
@@ -19,22 +18,10 @@ K samples of π_t estimate the win rates, and a regression makes the step:
     kl        −[ ĝ log s + (1−ĝ) log(1−s) ]             with s = ψ + c                       (4)
     nce       −2ĝ log(2s/(1+2s)) − log(1/(1+2s))        with s = ψ + c                       (5)
 
-(5) tells duel winners, whose law is 2·π_t·g, from samples of π_t. As E_{π_t} g = ½, c(x) is
-½ − E_{π_t} ψ: here ½ minus the mean ψ of the other samples, detached; the constant ½, right where
-ψ is small, would leave (4) and (5) beside the equilibrium. That mean is an estimate, so they settle
-beside it even so, by O(1/K): 0.02 to 0.04 in total variation at K = 8 on five responses; (3) is
-exact for every K. Pairing rule: centring that includes
-j = i, as in (3), goes with win rates that do; what leaves i out, as in (4) and (5), goes with
-leave-one-out win rates. Mixed up, β is rescaled by (K−1)/K or its inverse. s is a win rate, but
-nothing keeps it in (0, 1): below FLOOR the logarithms of s and 1 − s go on as their own parabola,
-as clipping them would kill the gradient; log(1+2s) below 0 as one that stops falling, as else (5)
-would have no lower bound.
+In (4) and (5) c is ½ minus the mean ψ of the other samples, detached, and ĝ leaves i out; both then
+settle beside the equilibrium by O(1/K), while (3) is exact for every K.
 
-For β → 0, (3) is SPPO (2405.00675) with its log Z cancelled by the centring, η its step size. For
-η ≤ 4β the exact step converges at the rate KL(π*‖π_t) ≤ (1+βη)^−t · KL(π*‖π_0), for any preference;
-with a scalar reward, as here, larger steps converged in every case tried: the default takes one.
-
-P prompts a step, K = N samples a prompt. Log-probs are sums over the tokens of a response, end
+P prompts per step, K = N samples per prompt. Log-probs are sums over the tokens of a response, end
 token included, in nats at the sampling temperature; they and the rewards are [P, N].
     π_t = proposal_logprobs    π_ref = ref_logprobs    π_θ = logprobs    ĝ = win_rate
 
@@ -53,11 +40,11 @@ import torch
 from torch import Tensor
 
 import common
-import runlog
 
 
 @dataclass
 class Args:
+    # data
     policy: str = "assets/tiny/sft"
     """causal LM to train, and the reference it starts from: a folder or a hub name"""
     reward_model: str = "assets/tiny/reward"
@@ -66,22 +53,26 @@ class Args:
     """close a response that ended with the reward model's own end token before it is scored"""
     dataset: str = "assets/tiny/data"
     """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+
+    # sampling
     prompts_per_step: int = 16
-    """prompts P a step, over all processes"""
+    """prompts per step (P), all processes together"""
     samples_per_prompt: int = 8
-    """responses N a prompt"""
+    """responses per prompt (N)"""
     max_prompt_tokens: int = 512
     """longer prompts are dropped, and counted"""
     max_response_tokens: int = 64
     """a response is cut after so many tokens"""
     temperature: float = 1.0
     """softmax temperature of sampling and of all log-probs alike"""
+
+    # optimisation
     steps: int = 100
     """batches of samples to train on"""
     updates_per_sample: int = 1
     """optimizer steps on each batch of samples"""
     micro_batch: int = 0
-    """prompts a forward and backward pass, to save memory; 0 = all; gradients stay the same"""
+    """prompts per forward and backward pass, to save memory; 0 = all; gradients stay the same"""
     lr: float = 5e-4
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
@@ -90,24 +81,26 @@ class Args:
     """the gradient is scaled down to this norm"""
     dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
     """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+
+    # run
     seed: int = 1
     """of sampling and of the order of the prompts"""
     eval_every: int = 20
     """steps between evaluations"""
     eval_prompts: int = 256
-    """held-out prompts an evaluation samples one response for"""
+    """held-out prompts, each of which an evaluation samples one response for"""
     save_every: int = 50
     """steps between checkpoints: what a kill can lose"""
     run_dir: str = ""
     """folder of the run; empty = runs/<script>-<seed>-<time>"""
     resume: str = ""
-    """folder of a run to go on with, under its own flags"""
+    """folder of a run to continue, under its own flags"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
     # WIND
     beta: float = 0.05
-    """β, the KL weight of the game: win rate a nat"""
+    """β, the KL weight of the game: win rate per nat"""
     eta: float = 5.0
     """η, the step towards the equilibrium that each renewal of the opponent allows"""
     risk: Literal["square", "kl", "nce"] = "square"
@@ -129,19 +122,22 @@ def win_rates(rewards: Tensor, risk: str) -> Tensor:
 
 def smooth_log(x: Tensor) -> Tensor:
     """log x, below FLOOR continued by its Taylor polynomial of degree 2: concave and finite."""
+    # s is a win rate, but nothing keeps it in (0, 1), and clipping would kill the gradient.
     z = (x - FLOOR) / FLOOR
     return torch.where(x > FLOOR, x.clamp(min=FLOOR).log(), math.log(FLOOR) + z - z.square() / 2)
 
 
-def step_value(logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor,
-               args: Args) -> Tensor:
+def step_value(
+    logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor, args: Args
+) -> Tensor:
     """ψ [P, N] of three log-probs, [P, N] each."""
     log_step = logprobs - previous_logprobs
     return args.beta * (logprobs - ref_logprobs) + log_step / args.eta  # (1)
 
 
-def wind_loss(logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor, win_rate: Tensor,
-              args: Args) -> Tensor:
+def wind_loss(
+    logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor, win_rate: Tensor, args: Args
+) -> Tensor:
     """Loss [P] of three log-probs and the win rates, [P, N] each."""
     psi = step_value(logprobs, ref_logprobs, previous_logprobs, args)
     if args.risk == "square":
@@ -159,33 +155,42 @@ def wind_loss(logprobs: Tensor, ref_logprobs: Tensor, previous_logprobs: Tensor,
 def check(args: Args) -> None:
     """Ends the process where flags do not fit the method."""
     common.require(args.eta > 0, f"--eta {args.eta}: must be more than 0")
-    common.require(args.refresh_every > 0, f"--refresh-every {args.refresh_every}: must be more "
-                   "than 0")
-    common.require(args.samples_per_prompt > 1, f"--samples-per-prompt {args.samples_per_prompt}: "
-                   "samples duel with each other; take 2 or more")
-    common.require(args.risk == "square" or args.samples_per_prompt > 3, f"--risk {args.risk}: "
-                   "needs --samples-per-prompt 4 or more")
+    common.require(
+        args.refresh_every > 0, f"--refresh-every {args.refresh_every}: must be more than 0"
+    )
+    common.require(
+        args.samples_per_prompt > 1,
+        f"--samples-per-prompt {args.samples_per_prompt}: samples duel with each other; take 2 or "
+        "more",
+    )
+    common.require(
+        args.risk == "square" or args.samples_per_prompt > 3,
+        f"--risk {args.risk}: needs --samples-per-prompt 4 or more",
+    )
 
 
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last evaluation by metric name."""
     # ── set up ──
-    run = runlog.Run(args, __file__)
     check(args)
+    run = common.Run(args, __file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
-    held_out = common.score_references(reward_model, held_out, 2 * args.prompts_per_step)
-    ref = run.frozen_copy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
+    held_out = common.score_references(reward_model, policy, held_out, 2 * args.prompts_per_step)
+    ref = common.frozen_copy(policy)
 
     # ── models of the method ──
-    proposal = run.frozen_copy(ref)  # π_t: it draws the samples and is the opponent
-    done = run.open({"policy": policy, "optimizer": optimizer, "proposal": proposal})
+    proposal = common.frozen_copy(policy)  # π_t: it draws the samples and is the opponent
+    models = {"policy": policy, "proposal": proposal}
 
     # ── start ──
+    common.shard(policy)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    done = run.open(models, optimizer)
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
     if done == 0:
         run.log(0, evaluation, samples)
@@ -194,14 +199,18 @@ def main(args: Args) -> dict[str, float]:
         # ── sample ──
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
         started = run.clock()
-        batch, _ = common.sample(proposal, prompts, args.samples_per_prompt,
-                                 args.max_response_tokens, args.temperature,
-                                 common.seed_of(args.seed, step, run.rank))
+        batch = common.sample(
+            proposal,
+            prompts,
+            args.samples_per_prompt,
+            args.max_response_tokens,
+            args.temperature,
+            common.seed_of(args.seed, step, run.rank),
+        )
 
         # ── score ──
         sampled = run.clock()
         rewards = common.score(reward_model, batch, args.micro_batch)
-        common.require_finite(rewards, "the reward", batch)
         scored = run.clock()
 
         # ── targets ──
@@ -211,20 +220,28 @@ def main(args: Args) -> dict[str, float]:
 
         # ── update ──
         for update in range(args.updates_per_sample):
-            warm = ((step - 1) * args.updates_per_sample + update + 1) / max(1, args.warmup_steps)
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, warm)
-            passes = []
+            updates = (step - 1) * args.updates_per_sample + update + 1
+            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            optimizer.param_groups[0]["lr"] = lr
+            logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
-                part = batch[rows]
-                logprobs, entropy = common.logprobs_and_entropy(policy, part, args.temperature)
-                loss = wind_loss(logprobs, ref_logprobs[rows], proposal_logprobs[rows],
-                                 win_rate[rows], args)
-                common.require_finite(loss, "the loss", part)
-                (loss.sum() / len(prompts)).backward()
-                passes.append((logprobs.detach(), entropy, loss.detach()))
+                part_logprobs, part_entropy = common.logprobs_and_entropy(
+                    policy, batch[rows], args.temperature
+                )
+                part_loss = wind_loss(
+                    part_logprobs, ref_logprobs[rows], proposal_logprobs[rows], win_rate[rows], args
+                )
+                common.require_finite(part_loss, "the loss", batch[rows])
+                (part_loss.sum() / len(prompts)).backward()
+                logprobs.append(part_logprobs.detach())
+                entropy.append(part_entropy)
+                loss.append(part_loss.detach())
+            logprobs, entropy, loss = torch.cat(logprobs), torch.cat(entropy), torch.cat(loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-            common.require(grad_norm.isfinite(), f"the gradient of step {step} is NaN or infinite; "
-                           "the last checkpoint is kept")
+            common.require(
+                grad_norm.isfinite(),
+                f"the gradient of step {step} is NaN or infinite; the last checkpoint is kept",
+            )
             optimizer.step()
             optimizer.zero_grad()
 
@@ -234,16 +251,20 @@ def main(args: Args) -> dict[str, float]:
 
         # ── log ──
         updated = run.clock()
-        logprobs, entropy, loss = (torch.cat(x) for x in zip(*passes))
-        lengths = batch.response_mask.sum(-1)
-        tokens = run.average(lengths.sum().float())
+        lengths = batch.lengths()
+        tokens = run.average(lengths.sum()).item()
         metrics = {
-            "reward/mean": rewards.mean(), "reward/std": rewards.std(1, correction=0).mean(),
-            **runlog.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
-            "entropy/token": entropy.sum() / tokens, "length/mean": lengths.float().mean(),
-            "length/eos_rate": common.ended(policy, batch).float().mean(), "loss": loss.mean(),
-            "optim/lr": optimizer.param_groups[0]["lr"], "optim/grad_norm": grad_norm,
-            "time/sample_s": sampled - started, "time/score_s": scored - sampled,
+            "reward/mean": rewards.mean(),
+            "reward/std": rewards.std(1, correction=0).mean(),
+            **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            "entropy/token": entropy.sum() / tokens,
+            "length/mean": lengths.mean(),
+            "length/eos_rate": batch.ended(policy.end_tokens).float().mean(),
+            "loss": loss.mean(),
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "time/sample_s": sampled - started,
+            "time/score_s": scored - sampled,
             "time/update_s": updated - scored,
             "tokens_per_s": run.world * tokens / (updated - started),
             "memory/peak_gib": run.peak_memory(),
@@ -251,8 +272,10 @@ def main(args: Args) -> dict[str, float]:
 
         # ── log of the method ──
         psi = step_value(logprobs, ref_logprobs, proposal_logprobs, args)
-        metrics |= {"wind/psi_std": psi.std(1, correction=0).mean(),
-                    "wind/win_rate_std": win_rate.std(1, correction=0).mean()}
+        metrics |= {
+            "wind/psi_std": psi.std(1, correction=0).mean(),
+            "wind/win_rate_std": win_rate.std(1, correction=0).mean(),
+        }
 
         # ── evaluate ──
         samples = []
@@ -274,4 +297,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(runlog.parse_args(Args))
+    main(common.parse_args(Args))

@@ -1,0 +1,88 @@
+"""What a run tells about itself: args.json, the plot, the table of samples.
+
+`run.py` calls it at the start and at the end of a run. It reads the run folder only, so that it can
+be called on a finished run as well.
+"""
+
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+PANELS = {
+    "reward": ("reward/mean", "eval/reward"),
+    "KL from the start model, nats": ("kl/ref", "eval/kl"),
+    "win rate": ("eval/win_rate",),
+    "tokens per response": ("length/mean", "eval/length"),
+    "entropy, nats per token": ("entropy/token",),
+    "loss": ("loss",),
+}
+
+
+def about(run) -> dict:
+    """The content of args.json: what one must know to make the run again."""
+    import datasets
+    import transformers
+
+    command = ["git", "-C", str(run.script.resolve().parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    on_gpu = run.device.type == "cuda"
+    libraries = (torch, transformers, datasets)
+    return {
+        "script": run.script.name,
+        "command": sys.argv,
+        "args": asdict(run.args),
+        "commit": commit,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "versions": {library.__name__: library.__version__ for library in libraries},
+    }
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def show_samples(folder: Path, count: int = 3) -> None:
+    """Prints what the policy answered to the first held-out prompts, before and after."""
+    samples = read_lines(folder / "samples.jsonl")
+    before = [sample for sample in samples if sample["step"] == samples[0]["step"]]
+    after = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    for first, last in list(zip(before, after))[:count]:
+        _show("prompt", first["prompt"])
+        _show(f"before {first['reward']:+.2f}", first["response"])
+        _show(f"after {last['reward']:+.2f}", last["response"])
+        print()
+
+
+def _show(label: str, text: str) -> None:
+    print(textwrap.fill(f"{label:14}{text}", 100, subsequent_indent=" " * 14))
+
+
+def plot(folder: Path) -> None:
+    """Draws plots/training.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_lines(folder / "metrics.jsonl")
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, PANELS.items()):
+        for key in keys:
+            steps = [line["step"] for line in lines if key in line]
+            values = [line[key] for line in lines if key in line]
+            axis.plot(steps, values, "o-" if key.startswith("eval") else "-", label=key, ms=4)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    (folder / "plots").mkdir(exist_ok=True)
+    figure.savefig(folder / "plots" / "training.png", dpi=100)
+    pyplot.close(figure)
