@@ -16,6 +16,7 @@ Outside of this file a batch is prompts and lists of token ids; nothing padded l
 randomness is a function of (seed, step, rank), so a resumed run needs no random state.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,7 +40,6 @@ from plumbing.run import Run, explained, parse_args, require, seed_of
 
 __all__ = ["Run", "frozen_copy", "load_prompts", "parse_args", "pick", "shard"]  # for the scripts
 
-ROW = 512  # response tokens that may share a row, if the prompt is not longer
 CHUNK = 2**22  # logits in one chunk of the vocabulary head, 16 MiB
 MOST_LOGITS = 2**25  # kept for the backward pass, 128 MiB; of more, none is kept
 MOST_ENDED = 0.25  # of the rows being sampled: as many must have ended for them to leave
@@ -83,13 +83,12 @@ class Batch:
 
 
 def encode_responses(
-    tokenizer,
-    policy: Model,
-    prompts: list[Prompt],
-    texts: list[list[str]],
-    max_tokens: int | None = None,
+    tokenizer, policy: Model, prompts: list[Prompt], texts: list[list[str]], max_tokens: int | None
 ) -> Batch:
-    """Batch of given responses, texts [P][N], closed by one end token of the policy, then cut."""
+    """Batch of given responses, texts [P][N], closed by one end token of the policy.
+
+    They are cut to `max_tokens` if there is a limit.
+    """
     responses = []
     for group in texts:
         ids = tokenizer(group, add_special_tokens=False)["input_ids"]
@@ -114,8 +113,8 @@ def micro_batches(count: int, size: int) -> list[slice]:
 
 def require_finite(values: Tensor, what: str, batch: Batch) -> None:
     """Ends the run, naming the prompt, if one of `values` [P] or [P, N] is NaN or infinite."""
-    finite = values.isfinite().view(len(values), -1).all(1).tolist()
-    for prompt, is_finite in zip(batch.prompts, finite):
+    finite = values.isfinite().view(len(values), -1)
+    for prompt, is_finite in zip(batch.prompts, finite.all(1).tolist()):
         message = f"{what} is NaN or infinite for the prompt {prompt.text!r}; checkpoint is kept"
         require(is_finite, message)
 
@@ -135,13 +134,15 @@ class Rows:
 
 
 def _row_width(model: Model, prompt: int, response: float, n: int) -> int:
-    """Responses per row, a divisor of n: as many as are no longer together than ROW or the prompt.
+    """Responses per row, a divisor of n: as many as are together no longer than the prompt, or than
+    twice the hidden size.
 
     Wide rows read the prompt less often, but attention costs the square of a row, also where one
-    response is hidden from another.
+    response is hidden from another. Up to about that length the model's weights cost more.
     """
-    most = max(ROW, prompt) if model.shared_rows else 0
-    return max(w for w in range(1, n + 1) if n % w == 0 and (w == 1 or w * response <= most))
+    most = max(prompt, 2 * model.config.hidden_size) if model.shared_rows else 0
+    widths = [width for width in range(1, n + 1) if n % width == 0]
+    return max(width for width in widths if width == 1 or width * response <= most)
 
 
 def _pack(model: Model, batch: Batch) -> Rows:
@@ -168,16 +169,20 @@ def _pack(model: Model, batch: Batch) -> Rows:
                 tokens[row] += response
                 segment[row] += [i] * len(response)
                 position[row] += range(length, length + len(response))
+    return Rows(
+        tokens=_pad(tokens, 0, model.device),
+        segment=_pad(segment, -1, model.device),
+        position=_pad(position, 0, model.device),
+        before=tuple(torch.tensor(before, device=model.device)),
+        last=tuple(torch.tensor(last, device=model.device)),
+    )
 
-    def pad(rows: list[list[int]], fill: int) -> Tensor:
-        rows = pad_sequence([torch.tensor(row) for row in rows], True, fill)
-        return rows.to(model.device)
 
-    def index(places: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor]:
-        row, slot = torch.tensor(places, device=model.device)
-        return row, slot
-
-    return Rows(pad(tokens, 0), pad(segment, -1), pad(position, 0), index(before), index(last))
+def _pad(rows: list[list[int]], fill: int, device: torch.device, side: str = "right") -> Tensor:
+    """The rows as one tensor [R, S]."""
+    rows = [torch.tensor(row) for row in rows]
+    padded = pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
+    return padded.to(device)
 
 
 def _attention_mask(model: Model, segment: Tensor, position: Tensor, asking: slice):
@@ -209,16 +214,20 @@ def _states(
     on plain rows gives its logits [R, Q, V] instead, so that its own head is used as it is.
     """
     asking = slice(start, start + tokens.shape[1])
-    inputs = {"input_ids": tokens, "position_ids": position[:, asking]}
-    inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+    mask = (segment >= 0).long()
+    if model.shared_rows:
+        mask = _attention_mask(model, segment, position, asking)
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": position[:, asking],
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+    }
     with model.autocast():
-        if model.shared_rows:
-            mask = _attention_mask(model, segment, position, asking)
-            return model.module.base_model(attention_mask=mask, **inputs).last_hidden_state
-        mask = (segment >= 0).long()
-        if model.end_tokens:
-            return model.module(attention_mask=mask, **inputs).logits
-        return model.module.base_model(attention_mask=mask, **inputs).last_hidden_state
+        if model.end_tokens and not model.shared_rows:
+            return model.module(**inputs).logits
+        return model.module.base_model(**inputs).last_hidden_state
 
 
 def _logits(model: Model, states: Tensor) -> Tensor:
@@ -248,14 +257,17 @@ def logprobs_and_entropy(model: Model, batch: Batch, temperature: float) -> tupl
 
 def _logprobs_and_entropy(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     rows = _pack(model, batch)
-    states = _states(model, rows.tokens, rows.segment, rows.position)[rows.before]  # [tokens, D]
+    states = _states(model, rows.tokens, rows.segment, rows.position)  # [R, S, D]
+    states = states[rows.before]  # [tokens, D]
     targets = [token for group in batch.responses for ids in group for token in ids]
     targets = torch.tensor(targets, device=model.device)
-    values = _read_in_chunks(model, states, targets, temperature)
-    lengths = batch.lengths().to(model.device)
-    mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, :, None]  # [P, N, T]
+    logprobs, entropy = _read_in_chunks(model, states, targets, temperature)  # [tokens]
+    lengths = batch.lengths()
+    place = torch.arange(int(lengths.max()))
+    mask = (place < lengths[:, :, None]).to(model.device)  # [P, N, T]
     zeros = torch.zeros(mask.shape, device=model.device)
-    logprobs, entropy = [zeros.masked_scatter(mask, value).sum(2) for value in values]
+    logprobs = zeros.masked_scatter(mask, logprobs).sum(2)
+    entropy = zeros.masked_scatter(mask, entropy).sum(2)
     return logprobs, entropy
 
 
@@ -274,9 +286,12 @@ def _read_in_chunks(
     read = partial(_read, model, temperature)
     if len(targets) * vocabulary > MOST_LOGITS:
         read = partial(checkpoint, read, use_reentrant=False)
-    chunks = zip(states.split(size), targets.split(size))
-    parts = [read(*chunk) for chunk in chunks]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    logprobs, entropy = [], []
+    for some_states, some_targets in zip(states.split(size), targets.split(size)):
+        some_logprobs, some_entropy = read(some_states, some_targets)
+        logprobs.append(some_logprobs)
+        entropy.append(some_entropy)
+    return torch.cat(logprobs), torch.cat(entropy)
 
 
 def _read(
@@ -328,10 +343,11 @@ def _sample(
     device, longest = model.device, max(len(prompt.tokens) for prompt in prompts)
     width = _row_width(model, longest, max_tokens, n)
     tokens, segment, position = _prompt_rows(model, prompts, n // width)  # [R, L]
+    # The slots that may come, [R, S] in all.
     response = torch.arange(1, width + 1, device=device).repeat(max_tokens)
-    behind = torch.arange(max_tokens, device=device).repeat_interleave(width)
-    segment = torch.cat([segment, response.expand(len(tokens), -1)], 1)  # [R, S], all that may come
-    position = torch.cat([position, position[:, -1:] + 1 + behind], 1)
+    place = torch.arange(1, max_tokens + 1, device=device).repeat_interleave(width)
+    segment = torch.cat([segment, response.expand(len(tokens), -1)], 1)
+    position = torch.cat([position, position[:, -1:] + place], 1)
     cache = make_cache(model, segment.shape[1])
 
     generator = torch.Generator(device).manual_seed(seed)
@@ -342,7 +358,8 @@ def _sample(
     running = torch.ones(shape, dtype=torch.bool, device=device)
     left = torch.arange(len(tokens), device=device)  # rows with a response that has not ended
     # The prompt's last state speaks for all responses of the row: [R, 1, D], later [R, w, D].
-    states = _states(model, tokens, segment[:, :longest], position[:, :longest], 0, cache)[:, -1:]
+    states = _states(model, tokens, segment[:, :longest], position[:, :longest], 0, cache)
+    states = states[:, -1:]
     for t in range(max_tokens):
         u = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)[left]
         token, token_logprobs = _draw(_logits(model, states), temperature, u)
@@ -370,11 +387,17 @@ def _sample(
 
 def _prompt_rows(model: Model, prompts: list[Prompt], copies: int) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, segment, position) [R, L] of each prompt `copies` times, padded on the left."""
-    rows = [torch.tensor(prompt.tokens) for prompt in prompts for _ in range(copies)]
-    tokens = pad_sequence(rows, True, 0, "left")
-    segment = pad_sequence([torch.zeros_like(row) for row in rows], True, -1, "left")
-    position = pad_sequence([torch.arange(len(row)) for row in rows], True, 0, "left")
-    return tokens.to(model.device), segment.to(model.device), position.to(model.device)
+    tokens, segment, position = [], [], []
+    for prompt in prompts:
+        length = len(prompt.tokens)
+        tokens += [prompt.tokens] * copies
+        segment += [[0] * length] * copies
+        position += [range(length)] * copies
+    return (
+        _pad(tokens, 0, model.device, "left"),
+        _pad(segment, -1, model.device, "left"),
+        _pad(position, 0, model.device, "left"),
+    )
 
 
 def _draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,8 +408,9 @@ def _draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor
     """
     logprobs = F.log_softmax(logits / temperature, dim=-1)
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    u = u.view(*logits.shape[:2], -1) * (1 - 2**-52)  # the product stays below the sum
-    token = torch.searchsorted(cumulative, u * cumulative[..., -1:], right=True)
+    u = u.view(logits.shape[0], logits.shape[1], -1)
+    u = u * (1 - 2**-52) * cumulative[..., -1:]  # stays below the sum
+    token = torch.searchsorted(cumulative, u, right=True)
     return token.flatten(1), logprobs.gather(-1, token).flatten(1)
 
 
@@ -414,7 +438,8 @@ def score(reward_model: RewardModel, batch: Batch, micro_batch: int = 0) -> Tens
     """
     parts = []
     for rows in micro_batches(len(batch.prompts), micro_batch):
-        parts.append(reward_model.model(_rewards, _as_read_by(reward_model, batch[rows])))
+        part = _as_read_by(reward_model, batch[rows])
+        parts.append(reward_model.model(_rewards, part))
     rewards = torch.cat(parts)
     require_finite(rewards, "the reward", batch)
     first = [[group.index(ids) for ids in group] for group in batch.responses]
@@ -425,7 +450,8 @@ def _as_read_by(reward_model: RewardModel, batch: Batch) -> Batch:
     """The batch in the reward model's own tokens and chat template."""
     own, closing = reward_model.tokenizer, []
     if reward_model.add_end:
-        closing = own(_closing(own, batch.prompts[0]), add_special_tokens=False)["input_ids"]
+        text = _closing(own, batch.prompts[0])
+        closing = own(text, add_special_tokens=False)["input_ids"]
     prompts, responses = [], []
     for prompt, group in zip(batch.prompts, batch.responses):
         ended = [ids[-1] in reward_model.policy_ends for ids in group]
@@ -459,8 +485,9 @@ def _rewards(model: Model, batch: Batch) -> Tensor:
         f"--reward-model: its context of {limit} tokens is shorter than a prompt and response of "
         f"{longest}; lower --max-prompt-tokens or --max-response-tokens",
     )
-    states = _states(model, rows.tokens, rows.segment, rows.position)[rows.last]
-    return model.module.score(states.float())[:, 0].view(len(batch.prompts), -1)
+    states = _states(model, rows.tokens, rows.segment, rows.position)  # [R, S, D]
+    rewards = model.module.score(states[rows.last].float())  # [P · N, 1]
+    return rewards.view(len(batch.prompts), -1)
 
 
 # ── Loading, with the check that a model reads rows as we feed them ───────────────────────────────
@@ -499,8 +526,8 @@ def _choose_rows(flag: str, name: str, model: Model) -> None:
     """
     vocabulary, pad = model.config.vocab_size, model.config.pad_token_id
     ids = [i for i in (k * k % vocabulary for k in range(5, 60)) if i != pad]
-    finite = model.module(torch.tensor([ids[:20]], device=model.device)).logits.isfinite().all()
-    require(finite, f"{flag} {name}: its weights give NaN or infinity")
+    logits = model.module(torch.tensor([ids[:20]], device=model.device)).logits
+    require(logits.isfinite().all(), f"{flag} {name}: its weights give NaN or infinity")
     allowed = 1e-3 if model.module.dtype == torch.float32 else 0.25
     for model.shared_rows in (True, False):
         try:
@@ -528,7 +555,8 @@ def _gap(model: Model, ids: list[int]) -> float:
         batch = sample(model, prompts, n=2, max_tokens=4, temperature=1.0, seed=0)
         ours = torch.stack([batch.sampled_logprobs, logprobs(model, batch, 1.0)])
     else:
-        batch = Batch(prompts, [[ids[8:12], ids[12:14]], [ids[14:18], ids[18:20]]])
+        responses = [ids[8:12], ids[12:14]]
+        batch = Batch(prompts, [responses, responses[::-1]])
         ours = _rewards(model, batch)
     for i, prompt in enumerate(prompts):
         for j, response in enumerate(batch.responses[i]):
@@ -538,7 +566,8 @@ def _gap(model: Model, ids: list[int]) -> float:
 
 def _alone(model: Model, prompt: list[int], response: list[int]) -> float:
     """The log-prob or reward of a response that the model itself gives to a row of its own."""
-    logits = model.module(torch.tensor([prompt + response], device=model.device)).logits[0].float()
+    row = torch.tensor([prompt + response], device=model.device)
+    logits = model.module(row).logits[0].float()
     if not model.end_tokens:
         return logits[-1].item()
     steps = F.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
@@ -557,7 +586,7 @@ def score_references(
     scored = []
     for rows in micro_batches(len(prompts), size):
         texts = [[prompt.reference] for prompt in prompts[rows]]
-        batch = encode_responses(reward_model.policy_tokenizer, policy, prompts[rows], texts)
+        batch = encode_responses(reward_model.policy_tokenizer, policy, prompts[rows], texts, None)
         rewards = score(reward_model, batch)[:, 0].tolist()
         scored += [replace(p, reference_reward=reward) for p, reward in zip(prompts[rows], rewards)]
     return scored
@@ -572,17 +601,18 @@ def evaluate(
     means over all processes, samples are this one's. A process with a prompt less repeats one,
     uncounted: a sharded model needs equally many passes on each process.
     """
-    args, samples = run.args, []
-    values = {"reward": [], "kl": [], "length": [], "eos_rate": [], "win_rate": []}
+    args, values, samples = run.args, defaultdict(list), []
     count = len(prompts[run.rank :: run.world])
-    mine = (prompts * run.world)[run.rank : len(prompts) + -len(prompts) % run.world : run.world]
-    for rows in micro_batches(len(mine), 4 * args.prompts_per_step // run.world):
+    equal = len(prompts) + -len(prompts) % run.world
+    mine = (prompts * run.world)[:equal][run.rank :: run.world]
+    size = 4 * args.prompts_per_step // run.world
+    for rows in micro_batches(len(mine), size):
         part = mine[rows]
         seed = seed_of(args.seed, "evaluate", run.rank, rows.start)
         batch = sample(policy, part, 1, args.max_response_tokens, args.temperature, seed)
-        rewards = score(reward_model, batch, args.micro_batch)[:, 0].tolist()
         kl = logprobs(policy, batch, args.temperature, args.micro_batch)
         kl = kl - logprobs(ref, batch, args.temperature, args.micro_batch)
+        rewards = score(reward_model, batch, args.micro_batch)[:, 0].tolist()
         values["reward"] += rewards
         values["kl"] += kl[:, 0].tolist()
         values["length"] += batch.lengths()[:, 0].tolist()
@@ -593,15 +623,13 @@ def evaluate(
             theirs = prompt.reference_reward
             if theirs is not None:
                 values["win_rate"].append((reward > theirs) + 0.5 * (reward == theirs))
-            sample_line = {"step": step, "prompt": prompt.text, "response": text, "reward": reward}
-            references = {"reference": prompt.reference, "reference_reward": theirs}
-            samples.append(sample_line | references)
+            line = {"step": step, "prompt": prompt.text, "response": text, "reward": reward}
+            line |= {"reference": prompt.reference, "reference_reward": theirs}
+            samples.append(line)
     metrics = {}
     for name, parts in values.items():
-        if parts:
-            total = torch.tensor(parts[:count], dtype=torch.float64).sum()
-            mean = run.average(total / (len(prompts) / run.world))
-            metrics[f"eval/{name}"] = mean.item()
+        total = run.world * torch.tensor(parts[:count], dtype=torch.float64).sum()
+        metrics[f"eval/{name}"] = run.average(total).item() / len(prompts)
     return metrics, samples[:count]
 
 

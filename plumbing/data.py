@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.run import explained, find, require, seed_of
+from plumbing.run import explained, found, require, seed_of
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ def _read_splits(name: str) -> dict:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nothing leaves the machine
-    path = find("--dataset", name)
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(path).suffix)
-    with explained(f"--dataset {name}"):
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    with found("--dataset", name) as path:
         if kind:
             return datasets.load_dataset(kind, data_files=path)
         return datasets.load_dataset(path)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from plumbing.run import explained, find, require
+from plumbing.run import found, require
 
 FEW_ROWS, LARGE = 32, 2**16  # rows and weights of a product that is turned round on a CPU
 
@@ -64,8 +64,7 @@ def load_tokenizer(flag: str, name: str):
     """The tokenizer of a checkpoint; it needs an end token, but no pad token."""
     from transformers import AutoTokenizer
 
-    path = find(flag, name)
-    with explained(f"{flag} {name}"):
+    with found(flag, name) as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     require(
         tokenizer.eos_token_id is not None,
@@ -78,8 +77,7 @@ def load_tokenizer(flag: str, name: str):
 def _load_config(flag: str, name: str):
     from transformers import AutoConfig
 
-    path = find(flag, name)
-    with explained(f"{flag} {name}"):
+    with found(flag, name) as path:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
@@ -89,8 +87,7 @@ def _load_module(flag: str, name: str, auto_class, dtype: torch.dtype, device: t
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    path = find(flag, name)
-    with explained(f"{flag} {name}"):
+    with found(flag, name) as path:
         module, info = auto_class.from_pretrained(
             path,
             dtype=dtype,

@@ -55,11 +55,22 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        require(False, f"{what}: {str(error)[:400] or type(error).__name__}")
+        # torch.save has words of its own for a full disk, and the system's behind them.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        require(False, f"{what}: {str(cause)[:400] or type(cause).__name__}")
 
 
-def find(flag: str, name: str) -> str:
-    """The path of a file or folder, from here or from the scripts' folder, or else a hub name."""
+@contextmanager
+def found(flag: str, name: str):
+    """The path of a file or folder, from here or from the scripts' folder, or else a hub name.
+
+    What goes wrong with it inside the `with` becomes one line that names the flag.
+    """
+    with explained(f"{flag} {name}"):
+        yield _path(flag, name)
+
+
+def _path(flag: str, name: str) -> str:
     for path in (Path(name).expanduser(), ROOT / name):
         if path.exists():
             return str(path)
@@ -218,17 +229,10 @@ class Run:
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
 
-    @contextmanager
     def _writing(self, what: str):
         """A full disk or a missing right ends the run with one line; what was saved is kept."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            require(
-                False,
-                f"--run-dir {self.folder}: cannot write {what}: {error.__context__ or error}; mend "
-                f"that, then continue with --resume {self.folder}",
-            )
+        how = f"continue with --resume {self.folder} when that is mended"
+        return explained(f"--run-dir {self.folder}: cannot write {what}; {how}")
 
     # ── checkpoint ──
 
