@@ -341,7 +341,7 @@ def _sample(
     from plumbing.cache import make_cache  # late, as it imports transformers
 
     device, longest = model.device, max(len(prompt.tokens) for prompt in prompts)
-    width = _row_width(model, longest, max_tokens, n)
+    width = _row_width(model, longest, max_tokens / 2, n)  # a row fills up as it goes
     tokens, segment, position = _prompt_rows(model, prompts, n // width)  # [R, L]
     # The slots that may come, [R, S] in all.
     response = torch.arange(1, width + 1, device=device).repeat(max_tokens)
