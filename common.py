@@ -478,7 +478,7 @@ def _closing(tokenizer, prompt: Prompt) -> str:
 def _rewards(model: Model, batch: Batch) -> Tensor:
     """Rewards [P, N] in float32, read at each response's last token."""
     rows = _pack(model, batch)
-    limit = model.config.to_dict().get("max_position_embeddings")
+    limit = model.context
     longest = int(rows.position.max()) + 1
     require(
         not limit or longest <= limit,

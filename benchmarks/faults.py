@@ -36,13 +36,28 @@ import runlog  # isort: skip
 from benchmarks import hostile  # isort: skip
 from benchmarks.where import ROOT, about  # isort: skip
 
-FLAGS = {"--prompts-per-step": 2, "--samples-per-prompt": 4, "--max-response-tokens": 6,
-         "--eval-prompts": 4, "--steps": 10, "--save-every": 2, "--eval-every": 3}
+FLAGS = {
+    "--prompts-per-step": 2,
+    "--samples-per-prompt": 4,
+    "--max-response-tokens": 6,
+    "--eval-prompts": 4,
+    "--steps": 10,
+    "--save-every": 2,
+    "--eval-every": 3,
+}
 OWN = {"brain": {"--refresh-every": 3}, "gdc": {"--test-every": 3}, "wind": {"--refresh-every": 3}}
-KILLS = [kill for kill, count in {  # in this order, so that a few kills are of many kinds
-    "SIGKILL while the checkpoint is written": 7, "SIGKILL while final/ is written": 4,
-    "SIGKILL": 9, "SIGTERM": 4, "SIGINT": 4, "SIGKILL of the resumed run as well": 4,
-}.items() for _ in range(count)]
+KILLS = [
+    kill
+    for kill, count in {  # in this order, so that a few kills are of many kinds
+        "SIGKILL while the checkpoint is written": 7,
+        "SIGKILL while final/ is written": 4,
+        "SIGKILL": 9,
+        "SIGTERM": 4,
+        "SIGINT": 4,
+        "SIGKILL of the resumed run as well": 4,
+    }.items()
+    for _ in range(count)
+]
 
 
 @dataclass
@@ -81,7 +96,7 @@ class World:
         folder.mkdir()
         self.whole, self.count = folder / "whole", itertools.count()
         run(script, self.flags | {"--run-dir": folder / "warm"})  # fills caches, so that the next
-        began = time.perf_counter()                               # one's time is the usual one
+        began = time.perf_counter()  # one's time is the usual one
         code, error = run(script, self.flags | {"--run-dir": self.whole})
         if code:
             raise SystemExit(f"{script}.py does not run: {error}")
@@ -111,12 +126,16 @@ class World:
         for name in ("samples.jsonl", "final/model.safetensors", "final/tokenizer.json"):
             if (folder / name).read_bytes() != (self.whole / name).read_bytes():
                 found.append(f"{name} differs")
-        ours, theirs = (torch.load(x / "checkpoint" / "state.pt", weights_only=True)
-                        for x in (folder, self.whole))
+        ours, theirs = (
+            torch.load(x / "checkpoint" / "state.pt", weights_only=True)
+            for x in (folder, self.whole)
+        )
         if not same(ours, theirs):
             found.append("checkpoint/ differs")
-        names = [{str(p.relative_to(x)) for p in x.rglob("*") if "tensorboard" not in p.parts}
-                 for x in (folder, self.whole)]
+        names = [
+            {str(p.relative_to(x)) for p in x.rglob("*") if "tensorboard" not in p.parts}
+            for x in (folder, self.whole)
+        ]
         if names[0] != names[1]:
             found.append(f"the folder holds {sorted(names[0] ^ names[1])} more or less")
         return found
@@ -128,8 +147,9 @@ class World:
             found.append("checkpoint/state.pt is half-written")
         theirs = self.whole / "final"
         if (folder / "final").exists() and any(
-                not (x := folder / "final" / path.name).exists()
-                or x.read_bytes() != path.read_bytes() for path in theirs.iterdir()):
+            not (x := folder / "final" / path.name).exists() or x.read_bytes() != path.read_bytes()
+            for path in theirs.iterdir()
+        ):
             found.append("final/ is half-written")
         return found
 
@@ -146,9 +166,14 @@ def read(path: Path) -> list[dict]:
 
 def comparable(folder: Path) -> list[dict]:
     """metrics.jsonl without what a clock or the memory of the process decides."""
-    return [{key: value for key, value in line.items()
-             if not key.startswith(("time/", "memory/", "tokens_per_s"))}
-            for line in read(folder / "metrics.jsonl")]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time/", "memory/", "tokens_per_s"))
+        }
+        for line in read(folder / "metrics.jsonl")
+    ]
 
 
 def same(first: object, second: object) -> bool:
@@ -173,8 +198,14 @@ def refused(code: int, error: str, *needed: str) -> list[str]:
 # ── kills ──
 def kills(world: World, count: int) -> Iterator[Outcome]:
     """Signals at random instants, and aimed at the two files that take long to write."""
-    order = [kill for turn in itertools.zip_longest(*(
-        [kind] * KILLS.count(kind) for kind in dict.fromkeys(KILLS))) for kill in turn if kill]
+    order = [
+        kill
+        for turn in itertools.zip_longest(
+            *([kind] * KILLS.count(kind) for kind in dict.fromkeys(KILLS))
+        )
+        for kill in turn
+        if kill
+    ]
     for kind in itertools.islice(itertools.cycle(order), count):
         for _ in range(50):  # the run may have ended before the signal, or the file been written
             folder = world.new()
@@ -213,8 +244,11 @@ def strike(world: World, process: Process, folder: Path, kind: str) -> dict:
     if aim is None and code == 0 or aim is not None and not aim.exists():
         return {}
     state = folder / "checkpoint" / "state.pt"
-    return {"seconds": round(seconds, 3), "lines": lines(folder / "metrics.jsonl"),
-            "checkpoint": state.exists() and torch.load(state, weights_only=True)["step"]}
+    return {
+        "seconds": round(seconds, 3),
+        "lines": lines(folder / "metrics.jsonl"),
+        "checkpoint": state.exists() and torch.load(state, weights_only=True)["step"],
+    }
 
 
 # ── a disk that is full, a folder that cannot be written ──
@@ -223,10 +257,12 @@ def disk(world: World, small: Path) -> Iterator[Outcome]:
     seldom = World(world.script, world.folder / "seldom", 1, save_every=10)
     folder, filler = small / world.script, small / "filler"
     for where, base, call, left in (
-            ("the checkpoint", world, ("save", 2), 200_000),
-            ("final/", world, ("close", 1), 200_000),
-            ("the first line of the log", world, ("log", 1), 0), ("the log", seldom, ("log", 2), 0),
-            ("a new run folder", world, None, 0)):
+        ("the checkpoint", world, ("save", 2), 200_000),
+        ("final/", world, ("close", 1), 200_000),
+        ("the first line of the log", world, ("log", 1), 0),
+        ("the log", seldom, ("log", 2), 0),
+        ("a new run folder", world, None, 0),
+    ):
         if call is None:
             fill(filler, 0)
         code, error = base.start(folder, call and filling(filler, *call, left)).end()
@@ -236,16 +272,21 @@ def disk(world: World, small: Path) -> Iterator[Outcome]:
         filler.unlink()
         yield Outcome(f"disk full at {where}", problems + base.finish(folder), {"line": error})
         shutil.rmtree(folder)
-    for where, call in (("the checkpoint", ("save", 2)), ("the log", ("log", 5)),
-                        ("final/", ("close", 1))):
+    for where, call in (
+        ("the checkpoint", ("save", 2)),
+        ("the log", ("log", 5)),
+        ("final/", ("close", 1)),
+    ):
         folder = world.new()
         code, error = world.start(
-            folder, lambda c=call, f=folder: before(*c, lambda: deny(f))).end()
+            folder, lambda c=call, f=folder: before(*c, lambda: deny(f))
+        ).end()
         problems = refused(code, error, str(folder), "Permission denied") + world.torn(folder)
         if folder.exists():
             lock(folder, 0o755, 0o644)
-        yield Outcome(f"folder read-only at {where}", problems + world.finish(folder),
-                      {"line": error})
+        yield Outcome(
+            f"folder read-only at {where}", problems + world.finish(folder), {"line": error}
+        )
 
 
 def before(method: str, call: int, what: Callable) -> None:
@@ -314,16 +355,32 @@ def files(world: World, flips: int) -> Iterator[Outcome]:
     saved = torch.load(state, weights_only=True)
     size = len(good)
     damages: list[tuple[str, Callable, str]] = [
-        *((f"checkpoint cut at {at} of {size} bytes", lambda at=at: state.write_bytes(good[:at]),
-           "damaged") for at in (0, 100, size // 2, size - 1)),
-        *(("checkpoint with one bit flipped", lambda: flip(state, good, world.random), "damaged")
-          for _ in range(flips)),
+        *(
+            (
+                f"checkpoint cut at {at} of {size} bytes",
+                lambda at=at: state.write_bytes(good[:at]),
+                "damaged",
+            )
+            for at in (0, 100, size // 2, size - 1)
+        ),
+        *(
+            ("checkpoint with one bit flipped", lambda: flip(state, good, world.random), "damaged")
+            for _ in range(flips)
+        ),
         ("checkpoint that is another file", lambda: state.write_bytes(text), "damaged"),
         ("checkpoint of another program", lambda: torch.save({"model": {}}, state), "format"),
-        ("checkpoint of another script", lambda: torch.save(
-            saved | {"run": saved["run"] | {"script": "other.py"}}, state), "another script"),
-        ("checkpoint of an older version", lambda: torch.save(
-            {key: value for key, value in saved.items() if key != "format"}, state), "format"),
+        (
+            "checkpoint of another script",
+            lambda: torch.save(saved | {"run": saved["run"] | {"script": "other.py"}}, state),
+            "another script",
+        ),
+        (
+            "checkpoint of an older version",
+            lambda: torch.save(
+                {key: value for key, value in saved.items() if key != "format"}, state
+            ),
+            "format",
+        ),
     ]
     for name, damage, word in damages:
         damage()
@@ -348,8 +405,9 @@ def data_bytes(path: Path, good: bytes, draws: random.Random) -> range:
     path.write_bytes(good)
     with zipfile.ZipFile(path) as archive:
         member = draws.choice(archive.infolist())
-    name, extra = (int.from_bytes(good[member.header_offset + at :][:2], "little")
-                   for at in (26, 28))
+    name, extra = (
+        int.from_bytes(good[member.header_offset + at :][:2], "little") for at in (26, 28)
+    )
     start = member.header_offset + 30 + name + extra
     return range(start, start + member.file_size)
 
@@ -362,8 +420,9 @@ def processes(world: World) -> Iterator[Outcome]:
     ends = sorted(process.end() for process in pair)
     problems = [f"the first ended with {ends[0]}"] * (ends[0][0] != 0)
     problems += refused(*ends[1], str(folder))
-    yield Outcome("two processes start one run folder", problems + world.finish(folder),
-                  {"line": ends[1][1]})
+    yield Outcome(
+        "two processes start one run folder", problems + world.finish(folder), {"line": ends[1][1]}
+    )
     folder = world.new()
     process = world.start(folder)
     process.until(lambda: lines(folder / "metrics.jsonl") > 3)
@@ -371,8 +430,11 @@ def processes(world: World) -> Iterator[Outcome]:
     problems = refused(*second.end(), str(folder), "another process")
     code, error = process.end()
     problems += [f"the first ended with {code}: {error}"] * (code != 0)
-    yield Outcome("--resume of a run that still runs", problems + world.finish(folder),
-                  {"line": second.end()[1]})
+    yield Outcome(
+        "--resume of a run that still runs",
+        problems + world.finish(folder),
+        {"line": second.end()[1]},
+    )
     folder = world.new()
     process = world.start(folder)
     process.until(lambda: lines(folder / "metrics.jsonl") > 3)
@@ -382,8 +444,9 @@ def processes(world: World) -> Iterator[Outcome]:
     ends = sorted(process.end() for process in pair)
     problems = [f"the first ended with {ends[0]}"] * (ends[0][0] != 0)
     problems += refused(*ends[1], str(folder), "another process")
-    yield Outcome("two processes resume one killed run", problems + world.finish(folder),
-                  {"line": ends[1][1]})
+    yield Outcome(
+        "two processes resume one killed run", problems + world.finish(folder), {"line": ends[1][1]}
+    )
     for name in ("SIGINT", "SIGTERM"):
         yield stopped(world, name)
         yield stopped_at_once(world, name)
@@ -425,8 +488,11 @@ def stopped_at_once(world: World, name: str) -> Outcome:
     seconds = time.perf_counter() - began
     problems += [f"took {seconds:.1f} s"] * (seconds > 1)
     problems += [f"not quiet: {error!r}"] * bool(error)
-    return Outcome(f"{name} twice", problems + world.torn(folder) + world.finish(folder),
-                   {"exit code": code, "seconds": round(seconds, 3)})
+    return Outcome(
+        f"{name} twice",
+        problems + world.torn(folder) + world.finish(folder),
+        {"exit code": code, "seconds": round(seconds, 3)},
+    )
 
 
 PAUSE = 20
@@ -434,6 +500,7 @@ PAUSE = 20
 
 def clock(world: World) -> Iterator[Outcome]:
     """A wall clock that goes back an hour a call, during a run and its continuation."""
+
     def backwards():
         hours, real = itertools.count(), time.time
         time.time = lambda: real() - 3600 * next(hours)
@@ -477,10 +544,10 @@ def numbers(world: World) -> Iterator[Outcome]:
             problems += world.finish(folder)  # without the fault
         if "weights/ess" in steps[-1]:
             seen["weights/ess"] = round(steps[min(5, len(steps) - 1)]["weights/ess"], 3)
-            low = [x for x in steps[1:]
-                   if x["weights/ess"] * FLAGS["--samples-per-prompt"] < 1.25]
+            low = [x for x in steps[1:] if x["weights/ess"] * FLAGS["--samples-per-prompt"] < 1.25]
             problems += [f"{warned} warnings at {len(low)} steps with one-hot weights"] * (
-                warned != bool(low))
+                warned != bool(low)
+            )
         yield Outcome(name, problems, seen)
 
 
@@ -489,6 +556,7 @@ INFINITY = float("inf")
 
 def at_step(step: int, change: Callable) -> Callable:
     """`prepare` that lets `change` alter the rewards of a step, by way of common.score."""
+
     def prepare():
         score, sample, now = common.score, common.sample, []
         seeds = {common.seed_of(1, step, 0), common.seed_of(1, "anchor", step, 0)}
@@ -498,16 +566,20 @@ def at_step(step: int, change: Callable) -> Callable:
             return sample(model, prompts, n, *more)
 
         common.sample = watched
-        common.score = lambda *inputs: change(score(*inputs)) if now[:1] == [True] else score(
-            *inputs)
+        common.score = lambda *inputs: (
+            change(score(*inputs)) if now[:1] == [True] else score(*inputs)
+        )
+
     return prepare
 
 
 def spoil(value: float) -> Callable:
     """Sets the reward of the first prompt's second response."""
+
     def change(rewards):
         rewards[0, 1] = value
         return rewards
+
     return at_step(5, change)
 
 
@@ -529,6 +601,7 @@ class BadGradient(torch.autograd.Function):
 
 def nan_gradient(inside: bool) -> Callable:
     """NaN in the gradient in update 5, of the log-probs or inside the model."""
+
     def prepare():
         read, calls = common.logprobs_and_entropy, itertools.count(1)
 
@@ -543,11 +616,13 @@ def nan_gradient(inside: bool) -> Callable:
             return BadGradient.apply(logprobs), entropy
 
         common.logprobs_and_entropy = spoiled
+
     return prepare
 
 
 def responses(change: Callable) -> Callable:
     """`prepare` that alters every batch of samples, as if the policy had drawn them so."""
+
     def prepare():
         sample = common.sample
 
@@ -558,6 +633,7 @@ def responses(change: Callable) -> Callable:
             return replace(batch, response_tokens=tokens * mask, response_mask=mask), drawn
 
         common.sample = altered
+
     return prepare
 
 
@@ -617,10 +693,15 @@ def campaign(args: Args, folder: Path) -> Iterator[tuple[str, Outcome]]:
         small = small_disk(folder / "small")
     for script in args.scripts:
         world = World(script, folder / script, args.seed)
-        groups = {"kills": lambda w: kills(w, args.kills), "disk": lambda w: disk(w, small),
-                  "files": lambda w: files(w, args.flips), "processes": processes,
-                  "clock": clock, "numbers": numbers,
-                  "data": lambda w: data(w, args.inputs) if w.script == args.scripts[0] else ()}
+        groups = {
+            "kills": lambda w: kills(w, args.kills),
+            "disk": lambda w: disk(w, small),
+            "files": lambda w: files(w, args.flips),
+            "processes": processes,
+            "clock": clock,
+            "numbers": numbers,
+            "data": lambda w: data(w, args.inputs) if w.script == args.scripts[0] else (),
+        }
         for name in args.faults:
             for outcome in groups[name](world):
                 yield script, outcome
@@ -629,18 +710,31 @@ def campaign(args: Args, folder: Path) -> Iterator[tuple[str, Outcome]]:
 def main(args: Args) -> None:
     """Runs the campaign and says what was lost."""
     if "disk" in args.faults and not os.environ.get("OWN_MOUNTS"):  # mounts of our own
-        command = ["unshare", "--mount", *["--map-root-user"] * bool(os.getuid()), sys.executable,
-                   "-m", "benchmarks.faults", *sys.argv[1:]]
+        command = [
+            "unshare",
+            "--mount",
+            *["--map-root-user"] * bool(os.getuid()),
+            sys.executable,
+            "-m",
+            "benchmarks.faults",
+            *sys.argv[1:],
+        ]
         raise SystemExit(subprocess.run(command, env=os.environ | {"OWN_MOUNTS": "1"}).returncode)
     where, total, lost = {"command": command_line("benchmarks.faults")} | about(), 0, 0
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o777)
         for script, outcome in campaign(args, folder):
-            line = {"script": script, "fault": outcome.fault, "survived": not outcome.problems,
-                    "problems": outcome.problems, "seen": {
-                        key: value.replace(name, "…") if isinstance(value, str) else value
-                        for key, value in outcome.seen.items()}}
+            line = {
+                "script": script,
+                "fault": outcome.fault,
+                "survived": not outcome.problems,
+                "problems": outcome.problems,
+                "seen": {
+                    key: value.replace(name, "…") if isinstance(value, str) else value
+                    for key, value in outcome.seen.items()
+                },
+            }
             with open(args.results, "a") as file:
                 file.write(json.dumps(line | where, ensure_ascii=False) + "\n")
             total, lost = total + 1, lost + bool(outcome.problems)

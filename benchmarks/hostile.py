@@ -19,23 +19,101 @@ import common
 TEMPLATE = """{% for m in messages %}{% if m.role == 'system' %}
 {{ raise_exception('no system role') }}{% endif %}<{{ m.role }}> {{ m.content }} {% endfor %}"""
 COLUMNS = ("prompt", "completion", "chosen", "rejected")
-TEXTS = ["", " ", "\t\n", "\0", "a\0b", "\x1b[2J\x1b[31m", "\x7f", "\u2028", "\u202e live",
-         "\ufeff", "\ufffe", "a\rb", "e\u0301" * 40, "\U0001f469\u200d\U0001f680", "\U0010ffff",
-         "<pad><eos>", "../../etc/passwd", "%s%n{0}", "'; DROP", "\\", "\n\nAssistant:", "NaN"]
-VALUES = [None, True, False, 0, -1, 3.5, 1e308, 10**30, [], {}, [[]], [None], ["a"], [{}], [1, "a"],
-          {"text": "a"}, {"role": "user", "content": "a"}]
-MESSAGES = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"},
-            {"role": "user"}, {"content": "a"}, {"role": None, "content": "a"},
-            {"role": "user", "content": None}, {"role": "user", "content": [{"text": "a"}]},
-            {"role": ["user"], "content": "a"}, {"role": "", "content": ""}, "user", None, 5]
-LINES = [b"", b"   ", b"{", b"}", b"{}", b"[]", b"null", b"5", b'"text"', b"hello", b"\xff\xfe",
-         b"\x00", b"\xef\xbb\xbf{}", b"{'prompt': 'a'}", b'{"prompt": "a",}', b'{"prompt": "a"} {}',
-         b'{"prompt": "a\nb"}', b'{"prompt": "a\x01b"}', b'{"prompt": "a\xff"}', b'{"prompt": NaN}',
-         b'{"prompt": "\\ud800"}', b'{"prompt": "\\udc00\\ud800"}', b'{"prompt": "\\u00"}',
-         b'{"prompt": "a", "prompt": "b"}', b'{"prompt": "a", "x": {"y": 1, "y": 2}}',
-         b'{"prompt": "a", "n": 1e999}', b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}",
-         b'{"Prompt": "a"}', b'{" prompt": "a"}', b'{"": "a"}', b'{"prompt": "a"\r', b'{"prompt"}',
-         b"<html>", b'prompt,completion\n"a","b"', b"\x1f\x8b\x08\x00", b"PAR1"]
+TEXTS = [
+    "",
+    " ",
+    "\t\n",
+    "\0",
+    "a\0b",
+    "\x1b[2J\x1b[31m",
+    "\x7f",
+    "\u2028",
+    "\u202e live",
+    "\ufeff",
+    "\ufffe",
+    "a\rb",
+    "e\u0301" * 40,
+    "\U0001f469\u200d\U0001f680",
+    "\U0010ffff",
+    "<pad><eos>",
+    "../../etc/passwd",
+    "%s%n{0}",
+    "'; DROP",
+    "\\",
+    "\n\nAssistant:",
+    "NaN",
+]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3.5,
+    1e308,
+    10**30,
+    [],
+    {},
+    [[]],
+    [None],
+    ["a"],
+    [{}],
+    [1, "a"],
+    {"text": "a"},
+    {"role": "user", "content": "a"},
+]
+MESSAGES = [
+    {"role": "user", "content": "a"},
+    {"role": "system", "content": "b"},
+    {"role": "user"},
+    {"content": "a"},
+    {"role": None, "content": "a"},
+    {"role": "user", "content": None},
+    {"role": "user", "content": [{"text": "a"}]},
+    {"role": ["user"], "content": "a"},
+    {"role": "", "content": ""},
+    "user",
+    None,
+    5,
+]
+LINES = [
+    b"",
+    b"   ",
+    b"{",
+    b"}",
+    b"{}",
+    b"[]",
+    b"null",
+    b"5",
+    b'"text"',
+    b"hello",
+    b"\xff\xfe",
+    b"\x00",
+    b"\xef\xbb\xbf{}",
+    b"{'prompt': 'a'}",
+    b'{"prompt": "a",}',
+    b'{"prompt": "a"} {}',
+    b'{"prompt": "a\nb"}',
+    b'{"prompt": "a\x01b"}',
+    b'{"prompt": "a\xff"}',
+    b'{"prompt": NaN}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "\\udc00\\ud800"}',
+    b'{"prompt": "\\u00"}',
+    b'{"prompt": "a", "prompt": "b"}',
+    b'{"prompt": "a", "x": {"y": 1, "y": 2}}',
+    b'{"prompt": "a", "n": 1e999}',
+    b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}",
+    b'{"Prompt": "a"}',
+    b'{" prompt": "a"}',
+    b'{"": "a"}',
+    b'{"prompt": "a"\r',
+    b'{"prompt"}',
+    b"<html>",
+    b'prompt,completion\n"a","b"',
+    b"\x1f\x8b\x08\x00",
+    b"PAR1",
+]
 
 
 def deep(draws: random.Random) -> bytes:
@@ -49,14 +127,20 @@ def deep(draws: random.Random) -> bytes:
 def row(draws: random.Random, form: int) -> dict:
     """A good row: text, a pair, transcripts, messages."""
     text = " ".join(draws.choice("write a review of the lodge".split()) for _ in range(5))
-    user, good, bad = ({"role": role, "content": text + end} for role, end in
-                       (("user", ""), ("assistant", " good"), ("assistant", " bad")))
-    return [{"prompt": text, "completion": " good"},
-            {"prompt": text, "chosen": " good", "rejected": " bad"},
-            {"chosen": f"\n\nHuman: {text}\n\nAssistant: good",
-             "rejected": f"\n\nHuman: {text}\n\nAssistant: bad"},
-            {"prompt": [user], "completion": [good]},
-            {"chosen": [user, good], "rejected": [user, bad]}][form]
+    user, good, bad = (
+        {"role": role, "content": text + end}
+        for role, end in (("user", ""), ("assistant", " good"), ("assistant", " bad"))
+    )
+    return [
+        {"prompt": text, "completion": " good"},
+        {"prompt": text, "chosen": " good", "rejected": " bad"},
+        {
+            "chosen": f"\n\nHuman: {text}\n\nAssistant: good",
+            "rejected": f"\n\nHuman: {text}\n\nAssistant: bad",
+        },
+        {"prompt": [user], "completion": [good]},
+        {"chosen": [user, good], "rejected": [user, bad]},
+    ][form]
 
 
 def spoil(draws: random.Random, good: dict) -> bytes:
@@ -84,7 +168,7 @@ def spoil(draws: random.Random, good: dict) -> bytes:
     line = json.dumps(changed, ensure_ascii=draws.random() < 0.5).encode("utf-8", "surrogatepass")
     if way == 8:  # cut, or with some bytes of chance in it
         at = draws.randrange(len(line))
-        line = line[:at] + draws.randbytes(draws.randrange(4)) + line[at + draws.randrange(3):]
+        line = line[:at] + draws.randbytes(draws.randrange(4)) + line[at + draws.randrange(3) :]
     return line
 
 
@@ -108,8 +192,9 @@ def outcome(path: Path, content: bytes, rows: int, tokenizer) -> tuple[str, str]
     said, error = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
-            kept = common.load_prompts(brain.Args(dataset=str(path), max_prompt_tokens=200),
-                                       tokenizer)
+            kept = common.load_prompts(
+                brain.Args(dataset=str(path), max_prompt_tokens=200), tokenizer
+            )
     except SystemExit as stop:
         line = error.getvalue()
         if stop.code != 2 or not line.startswith("error: ") or line.count("\n") != 1:
@@ -122,8 +207,11 @@ def outcome(path: Path, content: bytes, rows: int, tokenizer) -> tuple[str, str]
         return "refused as a whole", "" if whole and str(path) in line else f"no line: {line!r}"
     except BaseException as failure:  # the point of it all
         return "traceback", f"{type(failure).__name__}: {failure!s:.200}"
-    dropped = sum(int(x) for counts in re.findall(
-        r"dropped (\d+) with .*? and (\d+) longer", said.getvalue()) for x in counts)
+    dropped = sum(
+        int(x)
+        for counts in re.findall(r"dropped (\d+) with .*? and (\d+) longer", said.getvalue())
+        for x in counts
+    )
     total = sum(map(len, kept)) + dropped
     wrong = "" if total == rows else f"{total} of {rows} rows accounted for"
     return "read" if not dropped else "read, with rows dropped and counted", wrong

@@ -26,8 +26,15 @@ import tyro  # isort: skip
 
 from benchmarks.where import ROOT, about  # isort: skip
 
-FLAGS = {"--prompts-per-step": 1, "--samples-per-prompt": 2, "--max-response-tokens": 3,
-         "--eval-prompts": 2, "--eval-every": 100, "--save-every": 100, "--lr": 1e-9}
+FLAGS = {
+    "--prompts-per-step": 1,
+    "--samples-per-prompt": 2,
+    "--max-response-tokens": 3,
+    "--eval-prompts": 2,
+    "--eval-every": 100,
+    "--save-every": 100,
+    "--lr": 1e-9,
+}
 PATIENCE = 1800  # seconds
 
 
@@ -62,8 +69,9 @@ def watch(script: str, folder: Path, steps: int) -> dict:
         done = lines(run / "metrics.jsonl") - 1
         if 0 < done < steps:  # the plot at the end takes memory of its own
             pages = int((here / "statm").read_text().split()[1])
-            seen.append((done, pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
-                         len(os.listdir(here / "fd"))))
+            seen.append(
+                (done, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(here / "fd")))
+            )
         if done > steps - 150 and not fresh:  # it takes some 40 steps to set up
             fresh = Process(script, flags | {"--run-dir": second}, None, PATIENCE)
         time.sleep(0.1)
@@ -75,15 +83,20 @@ def watch(script: str, folder: Path, steps: int) -> dict:
     fresh.end()
     log, later = seconds(run), [x for x in seen if x[0] > steps / 10]
     first, last = statistics.median(seconds(second)[:100]), statistics.median(log[-100:])
-    early, late = ([x[2] for x in seen if part(x[0])] for part in (
-        lambda done: done <= steps / 4, lambda done: done > 3 * steps / 4))
-    return {"steps": len(log), "resident MiB": round(later[-1][1], 1),
-            "MiB per 1000 steps": round(1000 * slope(*list(zip(*later))[:2]), 3),
-            "open files, first quarter": statistics.median(early),
-            "open files, last quarter": statistics.median(late),
-            "ms a step, first 100": round(1000 * first, 2),
-            "ms a step, last 100": round(1000 * last, 2),
-            "last / first": round(last / first, 3)}
+    early, late = (
+        [x[2] for x in seen if part(x[0])]
+        for part in (lambda done: done <= steps / 4, lambda done: done > 3 * steps / 4)
+    )
+    return {
+        "steps": len(log),
+        "resident MiB": round(later[-1][1], 1),
+        "MiB per 1000 steps": round(1000 * slope(*list(zip(*later))[:2]), 3),
+        "open files, first quarter": statistics.median(early),
+        "open files, last quarter": statistics.median(late),
+        "ms a step, first 100": round(1000 * first, 2),
+        "ms a step, last 100": round(1000 * last, 2),
+        "last / first": round(last / first, 3),
+    }
 
 
 def main(args: Args) -> None:

@@ -31,12 +31,13 @@ class Model(torch.nn.Module):
         self.shared_rows = True  # all responses in one row with their prompt; else plain rows
         self.mixed = False  # float32 weights that compute in bfloat16
         self.config = module.config.get_text_config()
-        known = self.config.to_dict()
-        self.window = known.get("sliding_window")  # tokens a windowed layer looks back
-        self.layer_types = known.get("layer_types")  # which layers are windowed, if not all
-        # What some models do to their logits behind the head: Granite, Cohere, Gemma.
-        self.logit_scale = (known.get("logit_scale") or 1.0) / (known.get("logits_scaling") or 1.0)
-        self.logit_cap = known.get("final_logit_softcapping")
+        self.context = _known(self.config, "max_position_embeddings")  # tokens, or None: no limit
+        self.window = _known(self.config, "sliding_window")  # tokens a windowed layer looks back
+        self.layer_types = _known(self.config, "layer_types")  # which are windowed, if not all
+        # What some models do to their logits behind the head: Cohere, Granite, Gemma.
+        self.logit_scale = _known(self.config, "logit_scale") or 1.0
+        self.logit_scale /= _known(self.config, "logits_scaling") or 1.0
+        self.logit_cap = _known(self.config, "final_logit_softcapping")
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +56,11 @@ class Model(torch.nn.Module):
     def forward(self, function, *inputs):
         """function(self, *inputs), with the weights gathered."""
         return function(self, *inputs)
+
+
+def _known(config, name: str):
+    """A value of a configuration, under the name that all architectures share, or None."""
+    return getattr(config, name, None)
 
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
@@ -111,9 +117,9 @@ def load_causal_lm(args, tokenizer, device: torch.device) -> Model:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     flag, name = "--policy", args.policy
-    known = _load_config(flag, name).get_text_config().to_dict()
+    config = _load_config(flag, name).get_text_config()
     need = args.max_prompt_tokens + args.max_response_tokens
-    limit = known.get("max_position_embeddings") or need
+    limit = _known(config, "max_position_embeddings") or need
     require(
         need <= limit,
         f"{flag} {name}: its context of {limit} tokens is shorter than --max-prompt-tokens + "

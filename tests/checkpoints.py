@@ -14,14 +14,21 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import brain
-import runlog
+import common
 
 WORDS = "a film the plot was very good bad and long so it again".split()
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<bos>", "<user>", "<assistant>", "<system>"]
-TEMPLATE = ("{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' ' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}")
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "max_position_embeddings": 1024}
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
 CONFIGS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024},
     "gpt_neox": SHAPE,
@@ -39,7 +46,8 @@ def word_tokenizer(start: bool = False, end: bool = False, **special):
     if start or end:
         backend.post_processor = processors.TemplateProcessing(
             single="<bos> " * start + "$A" + " <eos>" * end,
-            special_tokens=[(name, vocab[name]) for name in ("<bos>", "<eos>")])
+            special_tokens=[(name, vocab[name]) for name in ("<bos>", "<eos>")],
+        )
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"} | special
     if start:
         special["bos_token"] = "<bos>"
@@ -51,18 +59,31 @@ def bpe_tokenizer(text: str, size: int = 300, end: str = "<|endoftext|>", **spec
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    backend.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[end],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, **special)
 
 
 def model(architecture: str, tokenizer, labels: int = 0, seed: int = 0, **more):
     """A random causal LM, or a sequence classifier with `labels` labels."""
     config = transformers.AutoConfig.for_model(
-        architecture, vocab_size=len(tokenizer), **CONFIGS[architecture]
-        | {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-           "bos_token_id": tokenizer.bos_token_id} | more)
+        architecture,
+        vocab_size=len(tokenizer),
+        **CONFIGS[architecture]
+        | {
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+        }
+        | more,
+    )
     kind = transformers.AutoModelForCausalLM
     if labels:
         config.num_labels, kind = labels, transformers.AutoModelForSequenceClassification
@@ -90,8 +111,13 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
 
 def rows(count: int) -> list[dict]:
     """Prompts of 2 to 5 words, with completions."""
-    return [{"prompt": " ".join(WORDS[(i + k) % 11] for k in range(2 + i % 4)),
-             "completion": " " + WORDS[i % 8]} for i in range(count)]
+    return [
+        {
+            "prompt": " ".join(WORDS[(i + k) % 11] for k in range(2 + i % 4)),
+            "completion": " " + WORDS[i % 8],
+        }
+        for i in range(count)
+    ]
 
 
 def word_world(folder: Path) -> dict[str, str]:
@@ -99,12 +125,22 @@ def word_world(folder: Path) -> dict[str, str]:
     tokenizer = word_tokenizer()
     write_jsonl(folder / "data" / "train.jsonl", rows(30))
     write_jsonl(folder / "data" / "test.jsonl", rows(40)[30:])
-    return {"--policy": save(folder / "policy", model("llama", tokenizer), tokenizer),
-            "--reward-model": save(folder / "reward", model("gpt2", tokenizer, 1, 1), tokenizer),
-            "--dataset": str(folder / "data"), "--run-dir": str(folder / "run"), "--steps": "3",
-            "--prompts-per-step": "4", "--samples-per-prompt": "3", "--max-prompt-tokens": "8",
-            "--max-response-tokens": "5", "--eval-prompts": "6", "--eval-every": "2",
-            "--save-every": "2", "--warmup-steps": "0", "--lr": "1e-2"}
+    return {
+        "--policy": save(folder / "policy", model("llama", tokenizer), tokenizer),
+        "--reward-model": save(folder / "reward", model("gpt2", tokenizer, 1, 1), tokenizer),
+        "--dataset": str(folder / "data"),
+        "--run-dir": str(folder / "run"),
+        "--steps": "3",
+        "--prompts-per-step": "4",
+        "--samples-per-prompt": "3",
+        "--max-prompt-tokens": "8",
+        "--max-response-tokens": "5",
+        "--eval-prompts": "6",
+        "--eval-every": "2",
+        "--save-every": "2",
+        "--warmup-steps": "0",
+        "--lr": "1e-2",
+    }
 
 
 def argv(flags: dict[str, str]) -> list[str]:
@@ -114,7 +150,7 @@ def argv(flags: dict[str, str]) -> list[str]:
 
 def train(flags: dict[str, str]) -> Path:
     """Runs brain.py's main in this process; returns the run folder."""
-    args = runlog.parse_args(brain.Args, argv(flags))
+    args = common.parse_args(brain.Args, argv(flags))
     brain.main(args)
     return Path(args.resume or args.run_dir)
 
@@ -137,6 +173,11 @@ def read_log(path: Path) -> list[dict]:
 
 def comparable(run: Path) -> list[dict]:
     """metrics.jsonl without what a clock or the memory of the process decides."""
-    return [{key: value for key, value in line.items()
-             if not key.startswith(("time/", "memory/")) and key != "tokens_per_s"}
-            for line in read_log(run / "metrics.jsonl")]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time/", "memory/")) and key != "tokens_per_s"
+        }
+        for line in read_log(run / "metrics.jsonl")
+    ]

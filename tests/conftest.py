@@ -6,8 +6,13 @@ import tempfile
 from pathlib import Path
 
 _caches = tempfile.TemporaryDirectory(prefix="caches-")
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-               "HF_DATASETS_CACHE": _caches.name, "HF_HUB_CACHE": _caches.name}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_DATASETS_CACHE": _caches.name,
+    "HF_HUB_CACHE": _caches.name,
+}
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402

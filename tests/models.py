@@ -12,6 +12,7 @@ from tokenizers.models import BPE, WordLevel
 
 import brain
 import common
+from plumbing.models import Model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
@@ -34,7 +35,7 @@ ARCHITECTURES = {  # the windows of 4 tokens are shorter than the rows of the te
 
 
 def make_model(architecture: str, vocab_size: int = 24, labels: int = 0, seed: int = 0, **more):
-    """A causal LM, or a classifier if `labels`. Weights are large: attention must matter."""
+    """A Model: a causal LM, or a classifier if `labels`. Weights are large: attention must matter."""
     config = transformers.AutoConfig.for_model(
         architecture, vocab_size=vocab_size, **ARCHITECTURES[architecture] |
         {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None} | more)
@@ -43,12 +44,11 @@ def make_model(architecture: str, vocab_size: int = 24, labels: int = 0, seed: i
     torch.manual_seed(seed)
     auto = (transformers.AutoModelForSequenceClassification if labels
             else transformers.AutoModelForCausalLM)
-    model = auto.from_config(config).eval()
-    for name, weight in model.named_parameters():
+    module = auto.from_config(config).eval()
+    for name, weight in module.named_parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.5 if "score" in name else 0.25)
-    model.mixed, model.shared_rows, model.end_tokens = False, True, [1]
-    return model
+    return Model(module, [] if labels else [1])
 
 
 def word_tokenizer(words=WORDS, bos: bool = False, **special):
@@ -79,7 +79,8 @@ def bpe_tokenizer(text: str, size: int = 300, end: str = "<|endoftext|>", **spec
 
 def save(folder: Path, model, tokenizer) -> str:
     """Writes a checkpoint; returns the folder's path."""
-    model.save_pretrained(folder)
+    module = model.module if isinstance(model, Model) else model
+    module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

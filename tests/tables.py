@@ -12,7 +12,6 @@ from torch.optim import AdamW
 
 import brain
 import common
-import runlog
 
 WORDS = ["a", "b"]
 
@@ -49,7 +48,7 @@ def make_small_world(folder: Path, responses: int = 2) -> dict:
     size = len(tokenizer)
     policy = make_model("llama", size)
     with torch.no_grad():
-        policy.lm_head.weight[[0, 2, 3]] = 0  # <pad>, <unk>, <bos>: plain words to this model
+        policy.module.lm_head.weight[[0, 2, 3]] = 0  # <pad>, <unk>, <bos>: plain words to this model
     save(folder / "sft", policy, tokenizer)
     save(folder / "rm", make_model("llama", size, labels=1, seed=2), tokenizer)
     rows = [{"prompt": "a b", "completion": "a", "chosen": "a", "rejected": "b"}] * 2
@@ -67,7 +66,7 @@ def all_responses(flags: dict, policy: str) -> tuple[torch.Tensor, torch.Tensor]
     names = {field.name for field in fields(brain.Args)}
     args = brain.Args(**{name: value for name, value in flags.items() if name in names}
                       | {"policy": policy, "run_dir": ""})
-    run = runlog.Run(args, brain.__file__)
+    run = common.Run(args, brain.__file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     model = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, model, tokenizer)
@@ -75,7 +74,7 @@ def all_responses(flags: dict, policy: str) -> tuple[torch.Tensor, torch.Tensor]
     end, vocabulary = 1, range(len(tokenizer))
     ids = ([[end]] + [[i, j] for i in vocabulary if i != end for j in vocabulary]
            if args.max_response_tokens == 2 else [[i] for i in vocabulary])
-    batch = common.make_batch(prompts[:1], [prompts[0].tokens], [ids], model.device)
+    batch = common.Batch(prompts[:1], [ids])
     logprobs = common.logprobs(model, batch, 1.0).double()[0]
     assert abs(logprobs.exp().sum() - 1) < 1e-5
     return logprobs, common.score(reward_model, batch).double()[0]

@@ -57,25 +57,43 @@ def refused(flags, capsys, **change) -> str:
 
 
 # ── flags ──
-@pytest.mark.parametrize("flag, value, reason", [
-    ("samples_per_prompt", 1, "2 or more"), ("samples_per_prompt", 0, "more than 0"),
-    ("beta", 0.0, "more than 0"), ("beta", -0.1, "at least 0"), ("temperature", 0.0, "more than 0"),
-    ("temperature", -1.0, "more than 0"), ("steps", -3, "more than 0"), ("steps", 0, "more than 0"),
-    ("lr", "nan", "more than 0"), ("lr", "inf", "more than 0"), ("lr", 0.0, "more than 0"),
-    ("beta", "nan", ""), ("max_grad_norm", 0.0, "more than 0"), ("warmup_steps", -1, "at least 0"),
-    ("micro_batch", -1, "at least 0"), ("prompts_per_step", 0, "more than 0"),
-    ("eval_every", 0, "more than 0"), ("eval_prompts", 0, "more than 0"),
-    ("save_every", 0, "more than 0"), ("updates_per_sample", 0, "more than 0"),
-    ("refresh_every", -1, "at least 0"), ("max_response_tokens", 0, "more than 0"),
-])
+@pytest.mark.parametrize(
+    "flag, value, reason",
+    [
+        ("samples_per_prompt", 1, "2 or more"),
+        ("samples_per_prompt", 0, "more than 0"),
+        ("beta", 0.0, "more than 0"),
+        ("beta", -0.1, "at least 0"),
+        ("temperature", 0.0, "more than 0"),
+        ("temperature", -1.0, "more than 0"),
+        ("steps", -3, "more than 0"),
+        ("steps", 0, "more than 0"),
+        ("lr", "nan", "more than 0"),
+        ("lr", "inf", "more than 0"),
+        ("lr", 0.0, "more than 0"),
+        ("beta", "nan", ""),
+        ("max_grad_norm", 0.0, "more than 0"),
+        ("warmup_steps", -1, "at least 0"),
+        ("micro_batch", -1, "at least 0"),
+        ("prompts_per_step", 0, "more than 0"),
+        ("eval_every", 0, "more than 0"),
+        ("eval_prompts", 0, "more than 0"),
+        ("save_every", 0, "more than 0"),
+        ("updates_per_sample", 0, "more than 0"),
+        ("refresh_every", -1, "at least 0"),
+        ("max_response_tokens", 0, "more than 0"),
+    ],
+)
 def test_a_number_out_of_range(flags, capsys, flag, value, reason):
     """Before anything is loaded: the policy is missing as well, and is not what is complained of."""
     flags = flags | {"--policy": "/no/such/policy"}
     assert reason in refused(flags, capsys, **{flag: value})
 
 
-@pytest.mark.parametrize("words", [["--no-such-flag", "1"], ["--estimator", "best"],
-                                   ["--dtype", "float16"], ["--steps", "many"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--no-such-flag", "1"], ["--estimator", "best"], ["--dtype", "float16"], ["--steps", "many"]],
+)
 def test_words_that_are_no_flags(words, capsys):
     with pytest.raises(SystemExit) as stop:
         runlog.parse_args(brain.Args, words)
@@ -90,32 +108,42 @@ def test_missing_folders_and_hub_names_offline(flags, capsys, flag, name):
 
 
 # ── data ──
-@pytest.mark.parametrize("data, reason", [
-    ([{"question": "a", "answer": "b"}] * 8, "columns ['question', 'answer']"),
-    ([{"prompt": 3, "completion": "b"}] * 8, "line"),
-    ([{"prompt": "a film", "completion": 3}] * 8, "line"),
-    ([{"prompt": {"text": "a"}, "completion": "b"}] * 8, "line"),
-    ([{"prompt": ["a", "film"], "completion": "b"}] * 8, ""),
-    ([{"prompt": None, "completion": "b"}] * 8, "line"),
-    ([{"chosen": "a good", "rejected": 5}] * 8, "line"),
-    ([{"prompt": "a film", "chosen": [], "rejected": []}] * 8, "line"),
-    ([{"prompt": "", "completion": "b"}] * 8, "no usable training prompt"),
-    ([{"prompt": "a film", "completion": ""}] * 8, "no usable training prompt"),
-    ([{"prompt": "the film " * 9, "completion": "b"}] * 8, "no usable training prompt"),
-    ([{"prompt": "a film", "completion": "b"}], "no usable"),
-    ([], ""),
-    ([{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 8, "no chat template"),
-    ([{"chosen": CHAT, "rejected": CHAT}] * 8, "no chat template"),
-])
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        ([{"question": "a", "answer": "b"}] * 8, "columns ['question', 'answer']"),
+        ([{"prompt": 3, "completion": "b"}] * 8, "line"),
+        ([{"prompt": "a film", "completion": 3}] * 8, "line"),
+        ([{"prompt": {"text": "a"}, "completion": "b"}] * 8, "line"),
+        ([{"prompt": ["a", "film"], "completion": "b"}] * 8, ""),
+        ([{"prompt": None, "completion": "b"}] * 8, "line"),
+        ([{"chosen": "a good", "rejected": 5}] * 8, "line"),
+        ([{"prompt": "a film", "chosen": [], "rejected": []}] * 8, "line"),
+        ([{"prompt": "", "completion": "b"}] * 8, "no usable training prompt"),
+        ([{"prompt": "a film", "completion": ""}] * 8, "no usable training prompt"),
+        ([{"prompt": "the film " * 9, "completion": "b"}] * 8, "no usable training prompt"),
+        ([{"prompt": "a film", "completion": "b"}], "no usable"),
+        ([], ""),
+        ([{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 8, "no chat template"),
+        ([{"chosen": CHAT, "rejected": CHAT}] * 8, "no chat template"),
+    ],
+)
 def test_data_that_cannot_be_used(flags, capsys, tmp_path, data, reason):
     """Columns are listed, a row of a wrong type has its file and line."""
     path = write_jsonl(tmp_path / "data.jsonl", data)
     assert reason in refused(flags, capsys, dataset=path)
 
 
-@pytest.mark.parametrize("message", ["the film", {"text": "the film"}, {"role": "user"},
-                                     {"role": "user", "content": 3},
-                                     {"role": "user", "content": None}])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "the film",
+        {"text": "the film"},
+        {"role": "user"},
+        {"role": "user", "content": 3},
+        {"role": "user", "content": None},
+    ],
+)
 @pytest.mark.parametrize("column", ["prompt", "completion"])
 def test_messages_without_role_or_content(flags, capsys, tmp_path, message, column):
     """With a template that would otherwise meet them, and one way or the other fail or misread."""
@@ -135,8 +163,16 @@ def test_chat_data_and_a_reward_model_without_a_template(flags, capsys, tmp_path
     assert "--reward-model" in error and "template" in error
 
 
-@pytest.mark.parametrize("content", [b"{not json\n", b'{"prompt": "a\xff\xfe"}\n', b"\x00\x01\x02",
-                                     b'{"prompt": "a film"}\n{"prompt": 3}\n', b"\n\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{not json\n",
+        b'{"prompt": "a\xff\xfe"}\n',
+        b"\x00\x01\x02",
+        b'{"prompt": "a film"}\n{"prompt": 3}\n',
+        b"\n\n",
+    ],
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_files_that_are_not_what_they_say(flags, capsys, tmp_path, content, suffix):
     (path := tmp_path / f"data{suffix}").write_bytes(content)
@@ -246,18 +282,42 @@ def nan_rewards(folder):
     return save(folder, made, word_tokenizer())
 
 
-@pytest.mark.parametrize("flag, make, reason", [
-    *(("policy", make, reason) for make, reason in (
-        (no_end_token, "no end token"), (no_tokenizer, ""), (pickle_only, "safetensors"),
-        (no_weights, "safetensors"), (cut_short, ""), (no_bytes, ""), (bad_config, ""),
-        (unknown_architecture, "no-such-model"), (empty, ""), (a_classifier, "lm_head"),
-        (nan_weights, "nan"))),
-    *(("reward_model", make, reason) for make, reason in (
-        (two_labels, "num_labels is 2"), (a_causal_lm, "score.weight"), (a_plain_causal_lm, ""),
-        (an_encoder, ""), (nan_rewards, "nan"),
-        (no_end_token_to_score, "no end token"),
-        (pickle_only, ""), (cut_short, ""), (no_tokenizer, ""), (empty, ""))),
-])
+@pytest.mark.parametrize(
+    "flag, make, reason",
+    [
+        *(
+            ("policy", make, reason)
+            for make, reason in (
+                (no_end_token, "no end token"),
+                (no_tokenizer, ""),
+                (pickle_only, "safetensors"),
+                (no_weights, "safetensors"),
+                (cut_short, ""),
+                (no_bytes, ""),
+                (bad_config, ""),
+                (unknown_architecture, "no-such-model"),
+                (empty, ""),
+                (a_classifier, "lm_head"),
+                (nan_weights, "nan"),
+            )
+        ),
+        *(
+            ("reward_model", make, reason)
+            for make, reason in (
+                (two_labels, "num_labels is 2"),
+                (a_causal_lm, "score.weight"),
+                (a_plain_causal_lm, ""),
+                (an_encoder, ""),
+                (nan_rewards, "nan"),
+                (no_end_token_to_score, "no end token"),
+                (pickle_only, ""),
+                (cut_short, ""),
+                (no_tokenizer, ""),
+                (empty, ""),
+            )
+        ),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_used(flags, capsys, tmp_path, flag, make, reason):
     error = refused(flags, capsys, **{flag: make(tmp_path / "checkpoint")})
     assert reason in error.replace("NaN", "nan"), error
@@ -303,9 +363,17 @@ def test_a_reward_that_is_nan_names_the_prompt(flags, capsys, tmp_path, split):
     data[split][3]["prompt"] = long
     for name, part in data.items():
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", part)
-    error = refusal(flags | {
-        "--reward-model": save(tmp_path / "rm", made, tokenizer), "--max-prompt-tokens": "50",
-        "--dataset": str(tmp_path / "data"), "--save-every": "1", "--eval-every": "9"}, capsys)
+    error = refusal(
+        flags
+        | {
+            "--reward-model": save(tmp_path / "rm", made, tokenizer),
+            "--max-prompt-tokens": "50",
+            "--dataset": str(tmp_path / "data"),
+            "--save-every": "1",
+            "--eval-every": "9",
+        },
+        capsys,
+    )
     assert "reward" in error and "NaN" in error and f"{long!r}" in error
 
 
@@ -380,8 +448,16 @@ def test_resume_with_flags_that_agree(run):
     train({"--resume": str(run), "--steps": "2"})
 
 
-@pytest.mark.parametrize("text", ["", '{"script": "brain.py", "args": {"ste', "[]", "{}",
-                                  '{"script": "brain.py", "args": {"stepps": 3}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"script": "brain.py", "args": {"ste',
+        "[]",
+        "{}",
+        '{"script": "brain.py", "args": {"stepps": 3}}',
+    ],
+)
 def test_resume_with_a_damaged_args_json(run, capsys, text):
     (run / "args.json").write_text(text)
     assert f"--resume {run}" in refusal({"--resume": str(run)}, capsys)
@@ -404,12 +480,22 @@ def test_resume_of_a_damaged_checkpoint(run, capsys, damage):
         torch.save({name: part for name, part in saved.items() if name != "format"}, state)
     else:
         with zipfile.ZipFile(state) as archive:  # a bit of a weight, not of what lies between
-            weight = archive.read(max((entry for entry in archive.infolist() if "/data/" in
-                                       entry.filename), key=lambda entry: entry.file_size))
+            weight = archive.read(
+                max(
+                    (entry for entry in archive.infolist() if "/data/" in entry.filename),
+                    key=lambda entry: entry.file_size,
+                )
+            )
         flipped = bytearray(good)
         flipped[good.index(weight) + len(weight) // 2] ^= 16
-        state.write_bytes({"half": good[: len(good) // 2], "empty": b"", "bit": flipped,
-                           "garbage": b"no checkpoint at all"}[damage])
+        state.write_bytes(
+            {
+                "half": good[: len(good) // 2],
+                "empty": b"",
+                "bit": flipped,
+                "garbage": b"no checkpoint at all",
+            }[damage]
+        )
     error = refusal({"--resume": str(run)}, capsys)
     assert ("of format None" in error) == (damage in ("foreign", "older"))
     assert f"--resume {run}" in error and "state.pt" in error
@@ -419,9 +505,15 @@ def test_resume_of_a_damaged_checkpoint(run, capsys, damage):
 # ── from the shell ──
 def test_the_shell_sees_one_line_and_exit_code_2(flags):
     """In a process of its own nothing else is printed, at the start or at the end of it."""
-    process = [subprocess.Popen([sys.executable, ROOT / "brain.py", *argv(flags | change)],
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-               for change in ({"--reward-model": "/no/such"}, {"--no-such-flag": "1"})]
+    process = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "brain.py", *argv(flags | change)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for change in ({"--reward-model": "/no/such"}, {"--no-such-flag": "1"})
+    ]
     errors = [x.communicate()[1] for x in process]
     assert [x.returncode for x in process] == [2, 2]
     assert errors[0] == "error: --reward-model /no/such: no such file or folder\n"

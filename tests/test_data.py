@@ -1,5 +1,7 @@
 """Every column format of a data set, one start token, no end token, what is dropped, the order."""
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 from checkpoints import SPECIAL, TEMPLATE, bpe_tokenizer, rows, word_tokenizer, write_jsonl
@@ -7,8 +9,10 @@ from checkpoints import SPECIAL, TEMPLATE, bpe_tokenizer, rows, word_tokenizer, 
 import brain
 import common
 
-SYSTEM, USER, MORE = ({"role": role, "content": text} for role, text in (
-    ("system", "it was"), ("user", "the film"), ("user", "and the plot")))
+SYSTEM, USER, MORE = (
+    {"role": role, "content": text}
+    for role, text in (("system", "it was"), ("user", "the film"), ("user", "and the plot"))
+)
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("very good", "very bad"))
 PAD, EOS, UNK, BOS = range(4)
 
@@ -26,32 +30,72 @@ def hh(*turns: str) -> str:
 
 FORMATS = {  # name: (row, text of the prompt, reference, rejected)
     "prompt": ({"prompt": "the film"}, "the film", None, None),
-    "prompt, completion": ({"prompt": "the film", "completion": " good"}, "the film", " good", None),
-    "pair": ({"prompt": "the film", "chosen": " good", "rejected": " bad"},
-             "the film", " good", " bad"),
-    "other columns too": ({"id": 7, "prompt": "the film", "completion": " good", "score": 0.5},
-                          "the film", " good", None),
-    "HH": ({"chosen": hh("the film", "good"), "rejected": hh("the film", "bad")},
-           "\n\nHuman: the film\n\nAssistant:", " good", " bad"),
+    "prompt, completion": (
+        {"prompt": "the film", "completion": " good"},
+        "the film",
+        " good",
+        None,
+    ),
+    "pair": (
+        {"prompt": "the film", "chosen": " good", "rejected": " bad"},
+        "the film",
+        " good",
+        " bad",
+    ),
+    "other columns too": (
+        {"id": 7, "prompt": "the film", "completion": " good", "score": 0.5},
+        "the film",
+        " good",
+        None,
+    ),
+    "HH": (
+        {"chosen": hh("the film", "good"), "rejected": hh("the film", "bad")},
+        "\n\nHuman: the film\n\nAssistant:",
+        " good",
+        " bad",
+    ),
     "HH, several turns": (
         {"chosen": hh("a", "b", "c", "good"), "rejected": hh("a", "b", "c", "bad")},
-        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " good", " bad"),
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+        " good",
+        " bad",
+    ),
     "HH, responses share a prefix": (
         {"chosen": hh("a", "it was very good"), "rejected": hh("a", "it was very bad")},
-        "\n\nHuman: a\n\nAssistant:", " it was very good", " it was very bad"),
+        "\n\nHuman: a\n\nAssistant:",
+        " it was very good",
+        " it was very bad",
+    ),
     "HH, one response starts the other": (
         {"chosen": hh("a", "good"), "rejected": hh("a", "good and long")},
-        "\n\nHuman: a\n\nAssistant:", " good", " good and long"),
-    "chat, completion": ({"prompt": [USER], "completion": [GOOD]},
-                         "<user> the film <assistant> ", "very good", None),
-    "chat, pair": ({"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]},
-                   "<system> it was <user> the film <assistant> ", "very good", "very bad"),
-    "UltraFeedback": ({"prompt": "the film", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-                      "<user> the film <assistant> ", "very good", "very bad"),
+        "\n\nHuman: a\n\nAssistant:",
+        " good",
+        " good and long",
+    ),
+    "chat, completion": (
+        {"prompt": [USER], "completion": [GOOD]},
+        "<user> the film <assistant> ",
+        "very good",
+        None,
+    ),
+    "chat, pair": (
+        {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]},
+        "<system> it was <user> the film <assistant> ",
+        "very good",
+        "very bad",
+    ),
+    "UltraFeedback": (
+        {"prompt": "the film", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        "<user> the film <assistant> ",
+        "very good",
+        "very bad",
+    ),
     "chat, whole conversations": (
         {"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, GOOD, MORE, BAD]},
         "<user> the film <assistant> very good <user> and the plot <assistant> ",
-        "very good", "very bad"),
+        "very good",
+        "very bad",
+    ),
 }
 
 
@@ -75,8 +119,9 @@ def test_messages_are_kept_for_another_template(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder of jsonl", "folder of parquet"])
 def test_kinds_of_files(tmp_path, kind):
     """A folder's test split is held out; a single file is split by row."""
-    table = datasets.Dataset.from_list([{"prompt": f"{'a ' * i}film", "completion": " good"}
-                                        for i in range(1, 9)])
+    table = datasets.Dataset.from_list(
+        [{"prompt": f"{'a ' * i}film", "completion": " good"} for i in range(1, 9)]
+    )
     train, test = table.select(range(6)), table.select(range(6, 8))
     if kind == "jsonl":
         table.to_json(path := tmp_path / "data.jsonl")
@@ -106,8 +151,12 @@ def test_bug16_one_start_token_whoever_writes_it():
     """The tokenizer adds it to text; a template that writes it must not get a second."""
     adds = word_tokenizer(start=True, chat_template="<bos> " + TEMPLATE)
     lacks = word_tokenizer(start=True, chat_template=TEMPLATE)
-    for prompt, tokenizer, count in (("the film", adds, 1), ([USER], adds, 1), ([USER], lacks, 0),
-                                     ("the film", word_tokenizer(), 0)):
+    for prompt, tokenizer, count in (
+        ("the film", adds, 1),
+        ([USER], adds, 1),
+        ([USER], lacks, 0),
+        ("the film", word_tokenizer(), 0),
+    ):
         _, tokens = common.encode_prompt(tokenizer, prompt)
         assert tokens.count(BOS) == tokens[:1].count(BOS) == count
 
@@ -115,8 +164,10 @@ def test_bug16_one_start_token_whoever_writes_it():
 def test_bug16_a_run_reads_prompts_with_one_start_token(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "the film"}] * 4)
     train, held_out = read(path, word_tokenizer(start=True))
-    assert all(prompt.tokens[0] == BOS and prompt.tokens.count(BOS) == 1
-               and len(prompt.tokens) == 3 for prompt in train + held_out)
+    assert all(
+        prompt.tokens[0] == BOS and prompt.tokens.count(BOS) == 1 and len(prompt.tokens) == 3
+        for prompt in train + held_out
+    )
 
 
 @pytest.mark.parametrize("start", [False, True])
@@ -127,16 +178,17 @@ def test_no_end_token_in_a_prompt_of_a_tokenizer_that_appends_one(start):
     assert common.encode_prompt(tokenizer, "the film")[1] == bare
 
 
-def test_an_appended_end_token_is_not_doubled_in_a_response():
-    class Policy:
-        end_tokens, device = [EOS], "cpu"
+def policy_of(end: int) -> SimpleNamespace:
+    """What `encode_responses` asks of a policy."""
+    return SimpleNamespace(end_tokens=[end])
 
+
+def test_an_appended_end_token_is_not_doubled_in_a_response():
     for tokenizer in (word_tokenizer(), word_tokenizer(start=True, end=True)):
-        prompt = common.Prompt("the film", [9, 8])
-        batch = common.encode_responses(tokenizer, Policy, [prompt], [["very good", "bad"]])
-        good = [len(SPECIAL) + i for i in (5, 6)]
-        assert batch.response_tokens[0, 0].tolist() == [*good, EOS]
-        assert batch.response_tokens[0, 1][batch.response_mask[0, 1]].tolist()[1:] == [EOS]
+        prompt, texts = common.Prompt("the film", [9, 8]), [["very good", "bad"]]
+        batch = common.encode_responses(tokenizer, policy_of(EOS), [prompt], texts, None)
+        very, good, bad = (len(SPECIAL) + i for i in (5, 6, 7))
+        assert batch.responses == [[[very, good, EOS], [bad, EOS]]]
 
 
 def test_tldr_completions_keep_their_space(tmp_path):
@@ -144,12 +196,8 @@ def test_tldr_completions_keep_their_space(tmp_path):
     row = {"prompt": "POST: my cat ate my shoe\n\nTL;DR:", "completion": " cat ate shoe"}
     tokenizer = bpe_tokenizer((row["prompt"] + row["completion"]) * 9)
     (prompt, *_), _ = read(write_jsonl(tmp_path / "data.jsonl", [row] * 4), tokenizer)
-
-    class Policy:
-        end_tokens, device = [tokenizer.eos_token_id], "cpu"
-
-    batch = common.encode_responses(tokenizer, Policy, [prompt], [[prompt.reference]])
-    response = batch.response_tokens[0, 0].tolist()
+    policy, texts = policy_of(tokenizer.eos_token_id), [[prompt.reference]]
+    ((response,),) = common.encode_responses(tokenizer, policy, [prompt], texts, None).responses
     assert prompt.tokens == tokenizer(row["prompt"])["input_ids"]
     assert response == tokenizer(" cat ate shoe")["input_ids"] + [tokenizer.eos_token_id]
     assert tokenizer.decode(prompt.tokens + response[:-1]) == row["prompt"] + row["completion"]
@@ -158,8 +206,11 @@ def test_tldr_completions_keep_their_space(tmp_path):
 def test_what_is_dropped_is_counted(tmp_path, capsys):
     """Empty prompts, empty completions, prompts over the limit; nothing else."""
     good = [{"prompt": "the film", "completion": " good"}] * 3
-    empty = [{"prompt": "", "completion": " good"}, {"prompt": "the film", "completion": "  "},
-             {"prompt": "the film", "completion": ""}]
+    empty = [
+        {"prompt": "", "completion": " good"},
+        {"prompt": "the film", "completion": "  "},
+        {"prompt": "the film", "completion": ""},
+    ]
     long = [{"prompt": "a " * 9, "completion": " good"}] * 2
     exact = [{"prompt": "a " * 8, "completion": " good " * 50}]
     write_jsonl(tmp_path / "train.jsonl", good + empty + long + exact)

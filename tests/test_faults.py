@@ -24,8 +24,12 @@ MOUNTS = ["unshare", "--mount", *["--map-root-user"] * bool(os.getuid()), "true"
 
 def campaign(results: Path, *words: str) -> list[dict]:
     """Lines of `python -m benchmarks.faults`, none of which may be a loss."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.faults", "--results", str(results),
-                           *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.faults", "--results", str(results), *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = read_log(results)
     assert all(line["survived"] and not line["problems"] for line in lines)
@@ -34,26 +38,61 @@ def campaign(results: Path, *words: str) -> list[dict]:
 
 
 def test_kills_files_processes_clock(tmp_path):
-    lines = campaign(tmp_path / "faults.jsonl", "--scripts", "brain", "--kills", "5", "--flips", "1",
-                     "--faults", "kills", "files", "processes", "clock")
+    lines = campaign(
+        tmp_path / "faults.jsonl",
+        "--scripts",
+        "brain",
+        "--kills",
+        "5",
+        "--flips",
+        "1",
+        "--faults",
+        "kills",
+        "files",
+        "processes",
+        "clock",
+    )
     faults = [line["fault"] for line in lines]
-    for word in ("checkpoint is written", "final/ is written", "SIGTERM", "SIGINT once", "bit",
-                 "SIGINT twice", "older version", "two processes", "clock"):
+    for word in (
+        "checkpoint is written",
+        "final/ is written",
+        "SIGTERM",
+        "SIGINT once",
+        "bit",
+        "SIGINT twice",
+        "older version",
+        "two processes",
+        "clock",
+    ):
         assert any(word in fault for fault in faults), word
 
 
-@pytest.mark.skipif(subprocess.run(MOUNTS, capture_output=True).returncode != 0,
-                    reason="needs the right to mount a small disk in a namespace of its own")
+@pytest.mark.skipif(
+    subprocess.run(MOUNTS, capture_output=True).returncode != 0,
+    reason="needs the right to mount a small disk in a namespace of its own",
+)
 def test_full_disk_and_read_only_folder(tmp_path):
     lines = campaign(tmp_path / "faults.jsonl", "--scripts", "bond", "--faults", "disk")
     assert len(lines) == 8
 
 
 def test_bad_numbers_and_a_kill_of_each_other_script(tmp_path):
-    lines = campaign(tmp_path / "faults.jsonl", "--scripts", "gdc", "--kills", "1", "--faults",
-                     "numbers", "kills")
-    lines = campaign(tmp_path / "more.jsonl", "--scripts", "dpo", "wind", "--kills", "1",
-                     "--faults", "kills") + lines
+    lines = campaign(
+        tmp_path / "faults.jsonl",
+        "--scripts",
+        "gdc",
+        "--kills",
+        "1",
+        "--faults",
+        "numbers",
+        "kills",
+    )
+    lines = (
+        campaign(
+            tmp_path / "more.jsonl", "--scripts", "dpo", "wind", "--kills", "1", "--faults", "kills"
+        )
+        + lines
+    )
     assert len(lines) == 13
     warned = {line["fault"]: line["seen"].get("weights/ess") for line in lines}
     assert warned["all rewards equal"] > 0.9 > 0.5 > warned["--beta 1e-4"]
@@ -70,8 +109,9 @@ def run(world, tmp_path):
     """The folder of a run of two steps of three: killed before the last one was saved."""
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(runlog.Run, "stopping", lambda self: len(
-            read_log(folder / "metrics.jsonl")) == 3)
+        patch.setattr(
+            runlog.Run, "stopping", lambda self: len(read_log(folder / "metrics.jsonl")) == 3
+        )
         train(world | {"--run-dir": str(folder)})
     return folder
 
@@ -135,8 +175,9 @@ def test_a_run_holds_its_folder_until_it_ends(run, monkeypatch):
 def test_a_gradient_of_nan_names_the_prompt(capsys):
     """Of the second of three prompts, before it reaches the model."""
     ids = [[5, 6], [7], [8, 9, 10]]
-    batch = common.make_batch([common.Prompt(str(x), x) for x in ids], ids, [[[5], [6, 1]]] * 3,
-                              torch.device("cpu"))
+    batch = common.make_batch(
+        [common.Prompt(str(x), x) for x in ids], ids, [[[5], [6, 1]]] * 3, torch.device("cpu")
+    )
     policy = make_model("llama")
     logprobs, _ = common.logprobs_and_entropy(policy, batch, 1.0)
     with pytest.raises(SystemExit):
@@ -148,8 +189,9 @@ def test_a_gradient_of_nan_names_the_prompt(capsys):
 @pytest.mark.parametrize("others, expected", [(0.0, False), (0.25, True)])
 def test_all_processes_stop_when_one_is_asked_to(others, expected):
     """The mean over all processes decides, not each one's own flag: else the rest would wait."""
-    run = SimpleNamespace(interrupted=False, device="cpu",
-                          average=lambda tensor: torch.full_like(tensor, others))
+    run = SimpleNamespace(
+        interrupted=False, device="cpu", average=lambda tensor: torch.full_like(tensor, others)
+    )
     assert runlog.Run.stopping(run) is expected
 
 
@@ -186,8 +228,13 @@ def test_a_gradient_that_is_nan_changes_no_weight(world, tmp_path, monkeypatch, 
 
 
 def test_the_page_on_reliability_is_up_to_date():
-    done = subprocess.run([sys.executable, "-m", "analyze.reliability"], cwd=ROOT, check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "analyze.reliability"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == (ROOT / "docs" / "reliability.md").read_text()
     assert "lost: **nothing**" in done.stdout
 
@@ -195,8 +242,22 @@ def test_the_page_on_reliability_is_up_to_date():
 def test_a_longer_run_leaks_nothing(tmp_path):
     """The short form of benchmarks/long_run.py; the slope of so few steps is rough."""
     results = tmp_path / "long.jsonl"
-    subprocess.run([sys.executable, "-m", "benchmarks.long_run", "--scripts", "dpo", "--steps",
-                    "200", "--results", str(results)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.long_run",
+            "--scripts",
+            "dpo",
+            "--steps",
+            "200",
+            "--results",
+            str(results),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     (line,) = read_log(results)
     assert line["steps"] == 200 and line["MiB per 1000 steps"] < 50
     assert line["open files, last quarter"] <= line["open files, first quarter"]

@@ -28,24 +28,41 @@ def test_hostile_files(path):
     hostile.main(result, 300, seed=2)
     counts = json.loads(result.read_text())
     assert counts.pop("problems") == []
-    kinds = ("refused, line named", "refused as a whole", "read",
-             "read, with rows dropped and counted")
+    kinds = (
+        "refused, line named",
+        "refused as a whole",
+        "read",
+        "read, with rows dropped and counted",
+    )
     assert counts["inputs"] == sum(counts[kind] for kind in kinds) == 300
     assert min(counts[kind] for kind in kinds) > 5  # else the files would show little
 
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["role", "content", "prompt", "x"]), inner, max_size=3), max_leaves=6)
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "prompt", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 ROWS = st.dictionaries(st.sampled_from([*hostile.COLUMNS, "x", ""]), ANYTHING, max_size=4)
-LINES = (ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=20)
-         | ANYTHING.map(lambda x: json.dumps(x).encode()) | st.just(GOOD))
+LINES = (
+    ROWS.map(lambda row: json.dumps(row).encode())
+    | st.binary(max_size=20)
+    | ANYTHING.map(lambda x: json.dumps(x).encode())
+    | st.just(GOOD)
+)
 
 
 @given(st.lists(LINES, max_size=5), st.sampled_from([b"\n", b"\r\n"]))
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=200, database=None,
-                     suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=200,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 def test_lines_of_chance(path, lines, end):
     content = end.join(lines)
     count = sum(bool(line.strip()) for line in content.split(b"\n"))
@@ -62,16 +79,24 @@ def refusal(path, capsys, tokenizer=TOKENIZER) -> str:
     return error
 
 
-@pytest.mark.parametrize("line, reason", [
-    (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
-    (b'{"prompt": "a\xff"}', "utf-8"), (b'{"prompt": "\\ud800"}', "surrogates"),
-    (b'{"prompt": "a", "prompt": "b"}', "two columns"), (b"[1]", "object"),
-    (b'{"prompt": 3}', "needs text"), (b'{"prompt": "a"', ""), (b'{"prompt": "a\x01"}', "control"),
-    (b'{"prompt": null, "chosen": null}', "needs text"),
-    (b'{"prompt": [{"role": "user", "content": 3}]}', "needs text"),
-])
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
+        (b'{"prompt": "a\xff"}', "utf-8"),
+        (b'{"prompt": "\\ud800"}', "surrogates"),
+        (b'{"prompt": "a", "prompt": "b"}', "two columns"),
+        (b"[1]", "object"),
+        (b'{"prompt": 3}', "needs text"),
+        (b'{"prompt": "a"', ""),
+        (b'{"prompt": "a\x01"}', "control"),
+        (b'{"prompt": null, "chosen": null}', "needs text"),
+        (b'{"prompt": [{"role": "user", "content": 3}]}', "needs text"),
+    ],
+)
 def test_the_line_is_named_also_behind_blank_lines_and_in_the_held_out_part(
-        path, capsys, line, reason):
+    path, capsys, line, reason
+):
     for at in (1, 7):
         lines = [GOOD] * 8
         lines[at] = line

@@ -21,8 +21,12 @@ ROOT = Path(brain.__file__).parent
 STEPS = {"--steps": "12", "--save-every": "3", "--eval-every": "5", "--refresh-every": "7"}
 VARIANTS = {
     "plain": {},
-    "bug 29": {"--updates-per-sample": "2", "--refresh-every": "3", "--micro-batch": "2",
-               "--warmup-steps": "30"},
+    "bug 29": {
+        "--updates-per-sample": "2",
+        "--refresh-every": "3",
+        "--micro-batch": "2",
+        "--warmup-steps": "30",
+    },
 }
 
 
@@ -48,8 +52,12 @@ def whole(world, tmp_path_factory):
 
 def start(flags: dict[str, str]) -> subprocess.Popen:
     """brain.py in a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / "brain.py"), *argv(flags)],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "brain.py"), *argv(flags)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for_lines(run: Path, count: int, process: subprocess.Popen) -> None:
@@ -64,14 +72,21 @@ def assert_same(run: Path, other: Path) -> None:
     """Log, samples, weights, moments and proposal, and every file of the folder."""
     assert comparable(run) == comparable(other)
     assert (run / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
-    names = [sorted(str(p.relative_to(x)) for p in x.rglob("*") if "tensorboard" not in p.parts
-                    and "__pycache__" not in p.parts) for x in (run, other)]
+    names = [
+        sorted(
+            str(p.relative_to(x))
+            for p in x.rglob("*")
+            if "tensorboard" not in p.parts and "__pycache__" not in p.parts
+        )
+        for x in (run, other)
+    ]
     assert names[0] == names[1]
     ours, theirs = (load_file(x / "final" / "model.safetensors") for x in (run, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs = (torch.load(x / "checkpoint" / "state.pt", weights_only=True)
-                    for x in (run, other))
+    ours, theirs = (
+        torch.load(x / "checkpoint" / "state.pt", weights_only=True) for x in (run, other)
+    )
     assert ours.pop("run") == theirs.pop("run")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -111,8 +126,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, whole, tmp_path):
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode not in (0, 2) and "Traceback" not in error, error
-    step, command = re.search(r"stopped after step (\d+).*: python (\S+ --resume \S+)\n", error,
-                              re.S).groups()
+    step, command = re.search(
+        r"stopped after step (\d+).*: python (\S+ --resume \S+)\n", error, re.S
+    ).groups()
     assert command == f"brain.py --resume {run}" and error.count("\n") == 1
     saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
     assert saved["step"] == int(step) == read_log(run / "metrics.jsonl")[-1]["step"]
@@ -146,10 +162,17 @@ def run_until_killed(flags, monkeypatch, *where) -> None:
 
 
 def test_a_kill_while_the_checkpoint_is_written_leaves_the_last_one_whole(
-        world, whole, tmp_path, monkeypatch):
+    world, whole, tmp_path, monkeypatch
+):
     run = tmp_path / "run"
-    run_until_killed(world | {"--run-dir": str(run)}, monkeypatch, common.torch, "save", 3,
-                     lambda saved, file: file.write(b"the first half of a checkpoint"))
+    run_until_killed(
+        world | {"--run-dir": str(run)},
+        monkeypatch,
+        common.torch,
+        "save",
+        3,
+        lambda saved, file: file.write(b"the first half of a checkpoint"),
+    )
     left = [path.name for path in (run / "checkpoint").iterdir()]
     assert len(left) == 2 and "state.pt" in left  # the new one lies beside it
     assert torch.load(run / "checkpoint" / "state.pt", weights_only=True)["step"] == 6
@@ -203,8 +226,9 @@ def test_bug25_a_run_depends_on_its_flags_only(world, whole, tmp_path, monkeypat
 
 def test_resume_from_a_folder_of_another_name(world, whole, tmp_path, monkeypatch):
     """A run folder that was moved goes on where it is now."""
-    run_until_killed(world | {"--run-dir": str(tmp_path / "run")}, monkeypatch, runlog.Run, "save",
-                     3)
+    run_until_killed(
+        world | {"--run-dir": str(tmp_path / "run")}, monkeypatch, runlog.Run, "save", 3
+    )
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     train({"--resume": str(moved)})
     assert not (tmp_path / "run").exists()

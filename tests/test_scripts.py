@@ -32,8 +32,10 @@ from prompts import split_row
 
 ROOT = Path(brain.__file__).parent
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
-USER, GOOD, BAD = ({"role": role, "content": text} for role, text in
-                   (("user", "a film"), ("assistant", "good"), ("assistant", "bad")))
+USER, GOOD, BAD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "a film"), ("assistant", "good"), ("assistant", "bad"))
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +45,32 @@ def world(tmp_path_factory):
 
 
 # ── data ──
-@pytest.mark.parametrize("row, prompt, reference, rejected", [
-    ({"prompt": "a"}, "a", None, None),
-    ({"prompt": "a TL;DR:", "completion": " b"}, "a TL;DR:", " b", None),
-    ({"prompt": "a", "chosen": " b", "rejected": " c"}, "a", " b", " c"),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: the good",
-      "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: the bad"},
-     "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " the good", " the bad"),
-    ({"prompt": [USER], "completion": [GOOD]}, [USER], "good", None),
-    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, [USER], "good", "bad"),
-    ({"prompt": "a film", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], "good", "bad"),
-    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], "good", "bad"),
-])
+@pytest.mark.parametrize(
+    "row, prompt, reference, rejected",
+    [
+        ({"prompt": "a"}, "a", None, None),
+        ({"prompt": "a TL;DR:", "completion": " b"}, "a TL;DR:", " b", None),
+        ({"prompt": "a", "chosen": " b", "rejected": " c"}, "a", " b", " c"),
+        (
+            {
+                "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: the good",
+                "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: the bad",
+            },
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+            " the good",
+            " the bad",
+        ),
+        ({"prompt": [USER], "completion": [GOOD]}, [USER], "good", None),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, [USER], "good", "bad"),
+        (
+            {"prompt": "a film", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            [USER],
+            "good",
+            "bad",
+        ),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], "good", "bad"),
+    ],
+)
 def test_every_format_of_a_row(row, prompt, reference, rejected):
     """Text and chat messages; a prompt of its own or inside chosen and rejected."""
     ours = split_row(row)
@@ -76,15 +92,20 @@ def test_bug16_one_start_token_and_no_end_token_in_a_prompt():
     from tokenizers import processors
 
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 3), ("<eos>", 1)])
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 3), ("<eos>", 1)]
+    )
     assert common.encode_prompt(tokenizer, "a film")[1] == plain
 
 
 def test_bug23_dropped_prompts_are_counted(world, tmp_path, capsys):
     """Empty prompts, empty completions and long prompts are dropped, each by its rule."""
-    rows = [{"prompt": "a film", "completion": "good"}, {"prompt": "", "completion": "good"},
-            {"prompt": "so bad", "completion": " "}, {"prompt": "a " * 17, "completion": "good"},
-            {"prompt": "the plot", "completion": "bad"}]
+    rows = [
+        {"prompt": "a film", "completion": "good"},
+        {"prompt": "", "completion": "good"},
+        {"prompt": "so bad", "completion": " "},
+        {"prompt": "a " * 17, "completion": "good"},
+        {"prompt": "the plot", "completion": "bad"},
+    ]
     args = replace(world, dataset=write_jsonl(tmp_path / "data.jsonl", rows * 4), eval_prompts=5)
     train, test = common.load_prompts(args, word_tokenizer())
     out = capsys.readouterr().out
@@ -111,8 +132,10 @@ def test_bug22_processes_share_the_prompts_of_a_step():
     """Disjoint, together those of one process; a lap is a permutation, the next another."""
     prompts = [common.Prompt(str(i), [i]) for i in range(12)]
     args = brain.Args(prompts_per_step=6)
-    laps = [[p.text for s in (2 * lap + 1, 2 * lap + 2) for p in
-             common.pick(prompts, s, args, 0, 1)] for lap in range(3)]
+    laps = [
+        [p.text for s in (2 * lap + 1, 2 * lap + 2) for p in common.pick(prompts, s, args, 0, 1)]
+        for lap in range(3)
+    ]
     assert all(sorted(lap) == sorted(p.text for p in prompts) for lap in laps)
     assert laps[0] != laps[1] != laps[2]
     whole = common.pick(prompts, 2, args, 0, 1)
@@ -131,21 +154,24 @@ def stops(argv, capsys) -> str:
     return error
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"policy": "/no/such/folder"}, "--policy /no/such/folder: no such file"),
-    ({"policy": "nobody/nothing"}, "--policy nobody/nothing: "),
-    ({"reward_model": "./nowhere"}, "--reward-model ./nowhere: no such file"),
-    ({"dataset": "nowhere.jsonl"}, "--dataset nowhere.jsonl: no such file"),
-    ({"samples_per_prompt": 1}, "--samples-per-prompt 1: "),
-    ({"steps": 0}, "--steps 0: must be more than 0"),
-    ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
-    ({"micro_batch": -1}, "--micro-batch -1: must be at least 0"),
-    ({"lr": float("nan")}, "--lr nan: must be more than 0"),
-    ({"beta": 0.0}, "--beta 0.0: must be more than 0"),
-    ({"max_prompt_tokens": 300}, "its context of 256 tokens is shorter than"),
-    ({"max_prompt_tokens": 1}, "no usable training prompt"),
-    ({"track": "trackio"}, "--track trackio: "),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"policy": "/no/such/folder"}, "--policy /no/such/folder: no such file"),
+        ({"policy": "nobody/nothing"}, "--policy nobody/nothing: "),
+        ({"reward_model": "./nowhere"}, "--reward-model ./nowhere: no such file"),
+        ({"dataset": "nowhere.jsonl"}, "--dataset nowhere.jsonl: no such file"),
+        ({"samples_per_prompt": 1}, "--samples-per-prompt 1: "),
+        ({"steps": 0}, "--steps 0: must be more than 0"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
+        ({"micro_batch": -1}, "--micro-batch -1: must be at least 0"),
+        ({"lr": float("nan")}, "--lr nan: must be more than 0"),
+        ({"beta": 0.0}, "--beta 0.0: must be more than 0"),
+        ({"max_prompt_tokens": 300}, "its context of 256 tokens is shorter than"),
+        ({"max_prompt_tokens": 1}, "no usable training prompt"),
+        ({"track": "trackio"}, "--track trackio: "),
+    ],
+)
 def test_bad_flags(world, tmp_path, capsys, change, message):
     """Each names flag and value, and leaves no folder."""
     run_dir = tmp_path / "run"
@@ -155,12 +181,15 @@ def test_bad_flags(world, tmp_path, capsys, change, message):
     assert not run_dir.exists()
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"text": "a"}] * 4, "has columns ['text']; needed are prompt"),
-    ([{"prompt": 3, "completion": "b"}] * 4, "needs text, or lists of messages"),
-    ([{"prompt": [USER], "completion": [GOOD]}] * 4, "no chat template"),
-    ([], "--dataset"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"text": "a"}] * 4, "has columns ['text']; needed are prompt"),
+        ([{"prompt": 3, "completion": "b"}] * 4, "needs text, or lists of messages"),
+        ([{"prompt": [USER], "completion": [GOOD]}] * 4, "no chat template"),
+        ([], "--dataset"),
+    ],
+)
 def test_bad_data(world, tmp_path, capsys, rows, message):
     """Columns found are listed, a bad row has its number."""
     path, run_dir = write_jsonl(tmp_path / "data.jsonl", rows), tmp_path / "run"
@@ -179,10 +208,19 @@ def bad_checkpoint(kind: str, folder: Path) -> dict:
         policy.config.num_labels = 1
         return {"reward_model": save(folder, policy, tokenizer)}
     if kind == "an encoder":
-        config = transformers.BertConfig(vocab_size=19, hidden_size=32, num_hidden_layers=1,
-                                         num_attention_heads=2, num_labels=1, intermediate_size=32)
-        return {"reward_model": save(
-            folder, transformers.BertForSequenceClassification(config), tokenizer)}
+        config = transformers.BertConfig(
+            vocab_size=19,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_labels=1,
+            intermediate_size=32,
+        )
+        return {
+            "reward_model": save(
+                folder, transformers.BertForSequenceClassification(config), tokenizer
+            )
+        }
     if kind == "NaN reward":
         reward = make_model("llama", 19, labels=1)
         reward.score.weight.data.fill_(float("nan"))
@@ -197,11 +235,18 @@ def bad_checkpoint(kind: str, folder: Path) -> dict:
     return {"policy": str(folder)}
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("no end token", "its tokenizer has no end token"),
-    ("two labels", "num_labels is 2"), ("no reward head", "needs score.weight"),
-    ("an encoder", ""), ("pickle only", "safetensors"), ("cut short", ""), ("NaN reward", "NaN"),
-])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("no end token", "its tokenizer has no end token"),
+        ("two labels", "num_labels is 2"),
+        ("no reward head", "needs score.weight"),
+        ("an encoder", ""),
+        ("pickle only", "safetensors"),
+        ("cut short", ""),
+        ("NaN reward", "NaN"),
+    ],
+)
 def test_bad_checkpoints(world, tmp_path, capsys, kind, message):
     """One line that names the flag; no run folder."""
     change = bad_checkpoint(kind, tmp_path / "bad")
@@ -249,20 +294,38 @@ def test_run_folder_errors(world, tmp_path, capsys):
 def test_a_process_that_fails_shows_no_traceback():
     """From the shell: exit code, one line, also for tyro's own errors."""
     for argv in (["--policy", "/no/such"], ["--estimator", "best"], ["--no-such-flag", "1"]):
-        done = subprocess.run([sys.executable, "brain.py", *argv], cwd=ROOT, capture_output=True,
-                              text=True)
+        done = subprocess.run(
+            [sys.executable, "brain.py", *argv], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
 
 
 # ── runs ──
-KEYS = {"step", "reward/mean", "reward/std", "kl/ref", "kl/k3", "entropy/token", "length/mean",
-        "length/eos_rate", "loss", "optim/lr", "optim/grad_norm", "time/sample_s", "time/score_s",
-        "time/update_s", "tokens_per_s", "memory/peak_gib", "weights/ess"}
+KEYS = {
+    "step",
+    "reward/mean",
+    "reward/std",
+    "kl/ref",
+    "kl/k3",
+    "entropy/token",
+    "length/mean",
+    "length/eos_rate",
+    "loss",
+    "optim/lr",
+    "optim/grad_norm",
+    "time/sample_s",
+    "time/score_s",
+    "time/update_s",
+    "tokens_per_s",
+    "memory/peak_gib",
+    "weights/ess",
+}
 EVAL = {"eval/reward", "eval/kl", "eval/win_rate", "eval/length", "eval/eos_rate"}
 
 
 def test_a_run_leaves_what_is_promised(world, tmp_path, monkeypatch, capsys):
     """Files, keys and a line a step; no socket is opened; the last evaluation is returned."""
+
     def forbidden(*_):
         raise AssertionError("a run must not use the network")
 
@@ -278,13 +341,20 @@ def test_a_run_leaves_what_is_promised(world, tmp_path, monkeypatch, capsys):
     assert result == {key: lines[4][key] for key in EVAL}
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [x["step"] for x in samples] == [0] * 8 + [2] * 8 + [4] * 8
-    wins = [(x["reward"] > x["reference_reward"]) + (x["reward"] == x["reference_reward"]) / 2
-            for x in samples[-8:]]
+    wins = [
+        (x["reward"] > x["reference_reward"]) + (x["reward"] == x["reference_reward"]) / 2
+        for x in samples[-8:]
+    ]
     assert result["eval/win_rate"] == sum(wins) / 8
     about = json.loads((run / "args.json").read_text())
     assert about["script"] == "brain.py" and about["args"]["steps"] == 4 and about["versions"]
-    for name in ("plots/training.png", "checkpoint/state.pt", "tensorboard", "brain.py",
-                 "common.py"):
+    for name in (
+        "plots/training.png",
+        "checkpoint/state.pt",
+        "tensorboard",
+        "brain.py",
+        "common.py",
+    ):
         assert (run / name).exists()
     transformers.AutoTokenizer.from_pretrained(run / "final")
     out = capsys.readouterr().out
@@ -295,24 +365,50 @@ def test_a_run_leaves_what_is_promised(world, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("data", ["tldr", "hh"])
 def test_three_flags_on_real_formats(tmp_path, architecture, data):
     """A policy with its own BPE, a reward model with another, TL;DR or HH data: a finished run."""
-    posts = [f"SUBREDDIT: r/x\n\nTITLE: {i}\n\nPOST: my cat {'ate ' * (i % 7)}it\n\nTL;DR:"
-             for i in range(24)]
+    posts = [
+        f"SUBREDDIT: r/x\n\nTITLE: {i}\n\nPOST: my cat {'ate ' * (i % 7)}it\n\nTL;DR:"
+        for i in range(24)
+    ]
     rows = [{"prompt": post, "completion": " cat ate"} for post in posts]
     if data == "hh":
-        rows = [{"chosen": f"\n\nHuman: {p}\n\nAssistant: sure", "rejected": f"\n\nHuman: {p}\n\n"
-                 "Assistant: no"} for p in posts]
-    own, other = (bpe_tokenizer(" ".join(posts)[:n], size, end) for n, size, end in
-                  ((2000, 300, "<|endoftext|>"), (500, 280, "</s>")))
+        rows = [
+            {
+                "chosen": f"\n\nHuman: {p}\n\nAssistant: sure",
+                "rejected": f"\n\nHuman: {p}\n\nAssistant: no",
+            }
+            for p in posts
+        ]
+    own, other = (
+        bpe_tokenizer(" ".join(posts)[:n], size, end)
+        for n, size, end in ((2000, 300, "<|endoftext|>"), (500, 280, "</s>"))
+    )
     odd = {"temperature": 0.6, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
     policy = make_model(architecture, len(own), eos_token_id=own.eos_token_id)
     folder = save(tmp_path / "policy", policy, own)
     (tmp_path / "policy" / "generation_config.json").write_text(json.dumps(odd))
-    args = {"--policy": folder,
-            "--reward-model": save(tmp_path / "rm", make_model(
-                "gpt2", len(other), labels=1, eos_token_id=other.eos_token_id), other),
-            "--dataset": write_jsonl(tmp_path / "data.jsonl", rows)}
-    small = ["--steps", "2", "--max-prompt-tokens", "200", "--max-response-tokens", "5",
-             "--prompts-per-step", "2", "--eval-prompts", "4", "--run-dir", str(tmp_path / "run")]
+    args = {
+        "--policy": folder,
+        "--reward-model": save(
+            tmp_path / "rm",
+            make_model("gpt2", len(other), labels=1, eos_token_id=other.eos_token_id),
+            other,
+        ),
+        "--dataset": write_jsonl(tmp_path / "data.jsonl", rows),
+    }
+    small = [
+        "--steps",
+        "2",
+        "--max-prompt-tokens",
+        "200",
+        "--max-response-tokens",
+        "5",
+        "--prompts-per-step",
+        "2",
+        "--eval-prompts",
+        "4",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     brain.main(runlog.parse_args(brain.Args, [x for pair in args.items() for x in pair] + small))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["step"] == 2 and line["eval/win_rate"] is not None
@@ -325,10 +421,15 @@ def test_chat_data_runs(world, tmp_path):
     tokenizer = word_tokenizer(["<user>", "a", "film", "good"], chat_template=CHAT)
     size = len(tokenizer)
     rows = [{"chosen": [USER, GOOD], "rejected": [USER, BAD]}] * 12
-    brain.main(replace(
-        world, policy=save(tmp_path / "policy", make_model("llama", size), tokenizer),
-        reward_model=save(tmp_path / "rm", make_model("llama", size, labels=1), tokenizer),
-        dataset=write_jsonl(tmp_path / "data.jsonl", rows), run_dir=str(tmp_path / "run")))
+    brain.main(
+        replace(
+            world,
+            policy=save(tmp_path / "policy", make_model("llama", size), tokenizer),
+            reward_model=save(tmp_path / "rm", make_model("llama", size, labels=1), tokenizer),
+            dataset=write_jsonl(tmp_path / "data.jsonl", rows),
+            run_dir=str(tmp_path / "run"),
+        )
+    )
     line = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert line["prompt"] == "<user> a film " and line["reference"] == "good"
 
@@ -339,7 +440,9 @@ def test_ties_count_half(world, tmp_path):
     rows = [{"prompt": "a film", "completion": "good"}] * 8
     policy = make_model("llama", 19)
     good = word_tokenizer().convert_tokens_to_ids("good")
-    with torch.no_grad():  # "good" after any word but itself, then the end: known at any temperature
+    with (
+        torch.no_grad()
+    ):  # "good" after any word but itself, then the end: known at any temperature
         for weight in policy.model.layers.parameters():
             weight.zero_()
         policy.model.embed_tokens.weight.copy_(torch.eye(19, 32))
@@ -347,9 +450,14 @@ def test_ties_count_half(world, tmp_path):
         policy.lm_head.weight[good] = 100
         policy.lm_head.weight[good, good] = 0
         policy.lm_head.weight[1, good] = 100
-    args = replace(world, steps=1, dataset=write_jsonl(tmp_path / "data.jsonl", rows),
-                   policy=save(tmp_path / "policy", policy, word_tokenizer()),
-                   run_dir=str(tmp_path / "run"), lr=1e-9)
+    args = replace(
+        world,
+        steps=1,
+        dataset=write_jsonl(tmp_path / "data.jsonl", rows),
+        policy=save(tmp_path / "policy", policy, word_tokenizer()),
+        run_dir=str(tmp_path / "run"),
+        lr=1e-9,
+    )
     result = brain.main(args)
     assert result["eval/win_rate"] == 0.5 and result["eval/length"] == 2
     assert result["eval/eos_rate"] == 1
@@ -359,22 +467,35 @@ def test_ties_count_half(world, tmp_path):
 def comparable(run: Path) -> list[dict]:
     """metrics.jsonl without what a clock or the process's memory decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "memory/"))}
-            for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "memory/"))}
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize("kill, at", [(signal.SIGKILL, 9), (signal.SIGKILL, 1), (signal.SIGINT, 7)])
 def test_bug29_a_killed_run_resumes_bit_for_bit(world, tmp_path, kill, at):
     """Weights, moments, proposal and data position: metrics and weights of the unbroken run; also
     killed before the first checkpoint, and stopped by Ctrl-C."""
-    args = replace(world, steps=24, save_every=4, eval_every=5, updates_per_sample=2,
-                   refresh_every=3, micro_batch=3)
+    args = replace(
+        world,
+        steps=24,
+        save_every=4,
+        eval_every=5,
+        updates_per_sample=2,
+        refresh_every=3,
+        micro_batch=3,
+    )
     brain.main(replace(args, run_dir=str(tmp_path / "whole")))
     broken, log = tmp_path / "broken", tmp_path / "broken" / "metrics.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "brain.py", *flags(args, run_dir=str(broken))], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+        [sys.executable, "brain.py", *flags(args, run_dir=str(broken))],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     while not log.exists() or log.read_text().count("\n") <= at:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
@@ -389,16 +510,19 @@ def test_bug29_a_killed_run_resumes_bit_for_bit(world, tmp_path, kill, at):
     (broken / "checkpoint" / "state.new").write_bytes(b"half a checkpoint")
     brain.main(runlog.parse_args(brain.Args, ["--resume", str(broken)]))
     assert comparable(broken) == comparable(tmp_path / "whole")
-    ours, theirs = (load_file(tmp_path / x / "final" / "model.safetensors")
-                    for x in ("broken", "whole"))
+    ours, theirs = (
+        load_file(tmp_path / x / "final" / "model.safetensors") for x in ("broken", "whole")
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (broken / "samples.jsonl").read_text() == (
-        tmp_path / "whole" / "samples.jsonl").read_text()
+        tmp_path / "whole" / "samples.jsonl"
+    ).read_text()
 
 
 # ── form ──
 def test_safetensors_with_pickle_inside_is_not_read(tmp_path):
     """A state.pt that holds code is refused, not run."""
+
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)

@@ -16,7 +16,7 @@ import brain
 
 ROOT = Path(brain.__file__).parent
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "prepare").glob("*.py"), *(ROOT / "analyze").glob("*.py")]
-CODE = '''
+CODE = """
 import pathlib
 pathlib.Path({witness!r}).write_text("run")
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ class OwnConfig(LlamaConfig):
     model_type = "own"
 class Own(LlamaForCausalLM):
     config_class = OwnConfig
-'''
+"""
 
 
 @pytest.fixture
@@ -48,15 +48,21 @@ def test_no_source_loads_a_pickle_or_runs_text(path):
 
 @pytest.mark.parametrize("flag", ["--policy", "--reward-model"])
 def test_a_checkpoints_own_code_is_not_run_whatever_the_user_answers(
-        world, tmp_path, monkeypatch, capsys, flag):
+    world, tmp_path, monkeypatch, capsys, flag
+):
     """transformers would ask at a terminal, and a yes would run it."""
     witness, folder, asked = tmp_path / "witness", tmp_path / "own", []
     save(folder, model("llama", word_tokenizer()), word_tokenizer())
     (folder / "own.py").write_text(CODE.format(witness=str(witness)))
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {
-        "AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own",
-        "AutoModelForSequenceClassification": "own.Own"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {
+            "AutoConfig": "own.OwnConfig",
+            "AutoModelForCausalLM": "own.Own",
+            "AutoModelForSequenceClassification": "own.Own",
+        },
+    }
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(builtins, "input", lambda *text: asked.append(text) or "y")
     assert f"{flag} {folder}" in refusal(world | {flag: str(folder)}, capsys)
@@ -84,17 +90,30 @@ def test_a_run_uses_no_network_and_writes_into_its_folder_alone(world, tmp_path)
     rows = [{"prompt": f"{text} {word}", "completion": text} for text in hostile for word in WORDS]
     flags = world | {"--dataset": write_jsonl(tmp_path / "world" / "data.jsonl", rows)}
     (tmp_path / "caches").mkdir()
-    caches = {name: str(tmp_path / "caches") for name in (
-        "HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "MPLCONFIGDIR", "TMPDIR")}
+    caches = {
+        name: str(tmp_path / "caches")
+        for name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "MPLCONFIGDIR", "TMPDIR")
+    }
     env = {key: value for key, value in os.environ.items() if "OFFLINE" not in key} | caches
-    done = subprocess.run([sys.executable, "-c", WATCHED, str(ROOT / "brain.py"), *argv(flags)],
-                          cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, str(ROOT / "brain.py"), *argv(flags)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "NETWORK" not in done.stderr, done.stderr[-2000:]
     written = {Path(line[7:]) for line in done.stdout.splitlines() if line.startswith("WRITES ")}
     assert len(written) > 10
     allowed = [tmp_path / "run", tmp_path / "caches", Path("/dev")]
-    outside = [path for path in written if "__pycache__" not in path.parts and not any(
-        path.is_relative_to(folder) or str(path).startswith(f"{folder}.") for folder in allowed)]
+    outside = [
+        path
+        for path in written
+        if "__pycache__" not in path.parts
+        and not any(
+            path.is_relative_to(folder) or str(path).startswith(f"{folder}.") for folder in allowed
+        )
+    ]
     assert not outside
     assert {path.name for path in tmp_path.iterdir()} == {"world", "run", "caches"}
 
@@ -103,16 +122,21 @@ def test_the_hook_sees_a_connection(tmp_path):
     """Else the test above would show nothing."""
     script = tmp_path / "talks.py"
     script.write_text("import socket\nsocket.create_connection(('127.0.0.1', 9), 1)\n")
-    done = subprocess.run([sys.executable, "-c", WATCHED, str(script)], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, str(script)], capture_output=True, text=True
+    )
     assert done.returncode == 77 and "NETWORK" in done.stderr
 
 
 def test_every_dependency_is_pinned_and_its_reason_given():
     """The table of SECURITY.md has the versions of requirements.txt, and all of them."""
-    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines()
-                if line and not line.startswith("#"))
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
     assert all(re.fullmatch(r"[\d.]+", version) for version in pins.values())
-    table = dict(re.findall(r"^\| `(\S+)` \| (\S+) \| .{10,} \|$",
-                            (ROOT / "SECURITY.md").read_text(), re.M))
+    table = dict(
+        re.findall(r"^\| `(\S+)` \| (\S+) \| .{10,} \|$", (ROOT / "SECURITY.md").read_text(), re.M)
+    )
     assert table == pins
