@@ -1,6 +1,7 @@
 """Properties of batches, log-probs, sampling, weights and evaluation over shapes of chance."""
 
 import math
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,6 @@ import brain
 import common
 import dpo
 import gdc
-import runlog
 import wind
 
 hypothesis.settings.register_profile(
@@ -39,7 +39,7 @@ def ragged(draw, most_prompts: int = 3, most_responses: int = 4):
 
 
 def batch_of(prompts, responses) -> common.Batch:
-    return common.make_batch([common.Prompt(str(p), p) for p in prompts], prompts, responses, CPU)
+    return common.Batch([common.Prompt(str(p), p) for p in prompts], responses)
 
 
 def numbers(*shape: int, spread: float = 5.0):
@@ -57,14 +57,39 @@ tables = st.tuples(st.integers(1, 4), st.integers(2, 6))
 @given(st.lists(st.lists(tokens, max_size=6), min_size=1, max_size=5).filter(any),
        st.sampled_from(["left", "right"]))
 def test_padding_keeps_every_token_at_its_side(ids, side):
-    padded, mask = common.pad(ids, side, CPU)
+    padded = common._pad(ids, -7, CPU, side)
     longest = max(map(len, ids))
-    assert padded.shape == mask.shape == (len(ids), longest)
-    for row, chosen, expected in zip(padded, mask, ids):
-        assert row[chosen].tolist() == expected and not row[~chosen].any()
-        hole = longest - len(expected)
-        assert chosen.tolist() == ([False] * hole + [True] * len(expected) if side == "left"
-                                   else [True] * len(expected) + [False] * hole)
+    assert padded.shape == (len(ids), longest)
+    for row, expected in zip(padded.tolist(), ids):
+        hole = [-7] * (longest - len(expected))
+        assert row == (hole + expected if side == "left" else expected + hole)
+
+
+@given(ragged(), st.booleans())
+def test_rows_hold_each_prompt_and_response_where_they_say(drawn, shared):
+    """Read back from the rows: segments, positions, the slots before each token, the last ones."""
+    prompts, responses = drawn
+    model = MODELS["llama"]
+    model.shared_rows = shared
+    found = common._pack(model, batch_of(prompts, responses))
+    assert shared or len(found.tokens) == len(prompts) * len(responses[0])
+    before = list(zip(found.before[0].tolist(), found.before[1].tolist()))
+    last = list(zip(found.last[0].tolist(), found.last[1].tolist()))
+    at = 0
+    for number, response in enumerate(r for group in responses for r in group):
+        prompt = prompts[number // len(responses[0])]
+        row, end = last[number]
+        segment = found.segment[row, end].item()
+        own = found.segment[row] == segment
+        assert found.tokens[row][own].tolist() == response
+        assert found.tokens[row][found.segment[row] == 0].tolist() == prompt
+        assert found.position[row][own].tolist() == [len(prompt) + i for i in range(len(response))]
+        slots = own.nonzero()[:, 0].tolist()
+        assert slots[-1] == end
+        assert list(before[at : at + len(response)]) == [
+            (row, slot) for slot in [len(prompt) - 1, *slots[:-1]]]
+        at += len(response)
+    assert at == len(before)
 
 
 @given(st.integers(1, 40), st.integers(0, 50))
@@ -80,8 +105,17 @@ def test_batches_side_by_side_keep_their_responses(first, second):
     other = [(second[1] * 3)[i] for i in range(len(prompts))]
     both = batch_of(prompts, responses).beside(batch_of(prompts, other))
     for i, group in enumerate(responses):
-        read = [t[m].tolist() for t, m in zip(both.response_tokens[i], both.response_mask[i])]
-        assert read == group + other[i]
+        assert both.responses[i] == group + other[i]
+
+
+@given(ragged(), st.data())
+def test_chosen_responses_are_those_of_the_indices(drawn, data):
+    prompts, responses = drawn
+    index = st.integers(0, len(responses[0]) - 1)
+    which = torch.tensor([[data.draw(index), data.draw(index)] for _ in prompts])
+    chosen = batch_of(prompts, responses).choose(which)
+    for group, own, picked in zip(chosen.responses, responses, which.tolist()):
+        assert group == [own[i] for i in picked]
 
 
 # ── log-probs ──
@@ -91,23 +125,24 @@ def test_a_response_has_its_own_log_prob_whatever_stands_around_it(
         drawn, name, shared, temperature, seed):
     """In any batch, on shared or plain rows, whatever fills the padding: as alone."""
     model, batch = MODELS[name], batch_of(*drawn)
-    noise = torch.Generator().manual_seed(seed)
-    for ids, mask in ((batch.prompt_tokens, batch.prompt_mask),
-                      (batch.response_tokens, batch.response_mask)):
-        filler = torch.randint(0, 24, ids.shape, generator=noise)
-        ids.copy_(ids.where(mask, filler))
+    noise, pad = random.Random(seed), common._pad
+
+    def filled(rows, fill, *more):  # a token of chance wherever a row is padded with tokens
+        return pad(rows, noise.randrange(24) if fill == 0 else fill, *more)
+
     model.shared_rows = shared
-    with torch.no_grad():
-        together = torch.stack(common.logprobs_and_entropy(model, batch, temperature))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "_pad", filled)
+        together = torch.stack(common.logprobs_and_entropy(model, batch, temperature)).detach()
         model.shared_rows = False
         for i, (prompt, group) in enumerate(zip(*drawn)):
             for j, response in enumerate(group):
                 alone = common.logprobs_and_entropy(model, batch_of([prompt], [[response]]),
                                                     temperature)
-                torch.testing.assert_close(together[:, i, j], torch.cat(alone)[:, 0], atol=2e-4,
+                torch.testing.assert_close(together[:, i, j], torch.cat(alone).detach()[:, 0], atol=2e-4,
                                            rtol=1e-4)
     assert (together[0] <= 1e-5).all() and together.dtype == torch.float32
-    assert (together[1] <= batch.response_mask.sum(2) * math.log(24) + 1e-3).all()
+    assert (together[1] <= batch.lengths() * math.log(24) + 1e-3).all()
 
 
 @given(ragged(), st.integers(1, 3), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -129,20 +164,18 @@ def test_samples_end_at_their_first_end_token_and_nowhere_else(
     model.end_tokens = [1, *ends]
     prompts = [common.Prompt("", ids) for ids in prompts]
     for model.shared_rows in (True, False):
-        batch, drawn = common.sample(model, prompts, n, longest, temperature, seed)
-        again, _ = common.sample(model, prompts, n, longest, temperature, seed)
-        assert torch.equal(batch.response_tokens, again.response_tokens)
-        lengths = batch.response_mask.sum(2)
-        slots = torch.arange(batch.response_mask.shape[2])
-        assert torch.equal(batch.response_mask, slots < lengths[..., None])
-        assert 1 <= lengths.min() and lengths.max() == len(slots) <= longest
-        stops = torch.isin(batch.response_tokens, torch.tensor(model.end_tokens))
-        stops &= batch.response_mask
-        finished = common.ended(model, batch)
-        assert torch.equal(stops.any(2), finished) and (stops.sum(2) <= 1).all()
-        assert (lengths[~finished] == longest).all()
+        batch = common.sample(model, prompts, n, longest, temperature, seed)
+        again = common.sample(model, prompts, n, longest, temperature, seed)
+        assert batch.responses == again.responses
+        finished = batch.ended(model.end_tokens)
+        for group, ended in zip(batch.responses, finished.tolist()):
+            for response, end in zip(group, ended):
+                stops = [token in model.end_tokens for token in response]
+                assert sum(stops) == end == stops[-1]
+                assert end or len(response) == longest
+                assert 1 <= len(response) <= longest
         own = common.logprobs(model, batch, temperature)
-        torch.testing.assert_close(drawn.sum(2), own, atol=3e-4, rtol=1e-4)
+        torch.testing.assert_close(batch.sampled_logprobs, own, atol=3e-4, rtol=1e-4)
 
 
 # ── weights, quantiles, win rates ──
@@ -213,7 +246,7 @@ def test_best_and_worst_by_counting(rewards):
 def test_kl_estimates_by_counting(drawn):
     """k3 is never negative; both are 0 where policy and start model agree."""
     policy, ref, proposal = (x.double() for x in drawn)
-    ours = runlog.kl_estimates(policy, ref, proposal)
+    ours = common.kl_estimates(policy, ref, proposal)
     k1 = k3 = 0.0
     for p, r, q in zip(policy.tolist(), ref.tolist(), proposal.tolist()):
         weights = [math.exp(a - b) for a, b in zip(p, q)]
@@ -222,13 +255,13 @@ def test_kl_estimates_by_counting(drawn):
             k3 += w / sum(weights) * (math.exp(b - a) - 1 - (b - a)) / len(policy)
     assert ours["kl/ref"].item() == pytest.approx(k1, abs=1e-6)
     assert ours["kl/k3"].item() == pytest.approx(k3, rel=1e-6, abs=1e-6) and k3 > -1e-9
-    assert not any(x.any() for x in runlog.kl_estimates(ref, ref, proposal).values())
+    assert not any(x.any() for x in common.kl_estimates(ref, ref, proposal).values())
 
 
 # ── evaluation ──
 WORDS = word_tokenizer()
 POLICY, REF = (make_model("llama", len(WORDS), seed=seed) for seed in (0, 1))
-JUDGE = common.RewardModel(make_model("gpt2", len(WORDS), labels=1, seed=2), WORDS, POLICY, WORDS,
+JUDGE = common.RewardModel(make_model("gpt2", len(WORDS), labels=1, seed=2), WORDS, WORDS, [1], True,
                            True)
 
 
