@@ -47,7 +47,8 @@ def about(run) -> dict:
 
 def read_lines(path: Path) -> list[dict]:
     """The lines of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def show_samples(folder: Path, count: int = 3) -> None:

@@ -4,6 +4,7 @@ The scripts call it at every step; nothing here knows what a method computes. Mo
 `models.py`, what a run shows at its end in `report.py`.
 """
 
+import importlib
 import json
 import math
 import os
@@ -95,8 +96,8 @@ def parse_args(args_class, argv: list[str] | None = None):
     require(path.exists(), f"--resume {args.resume}: it has no args.json, so it is no run folder")
     with explained(f"--resume {args.resume}: {path} is damaged"):
         about = json.loads(path.read_text())
+        require(about["script"] == script, f"--resume {args.resume}: a run of {about['script']}")
         saved = args_class(**about["args"] | {"resume": args.resume})
-    require(about["script"] == script, f"--resume {args.resume}: a run of {about['script']}")
     args = tyro.cli(args_class, args=argv, default=saved)
     changed = [
         f"--{name.replace('_', '-')} {value}"
@@ -140,7 +141,7 @@ class Run:
         )
         if args.track != "none":
             with explained(f"--track {args.track}: pip install {args.track}"):
-                self.tracker = __import__(args.track)
+                self.tracker = importlib.import_module(args.track)
         name = f"{self.script.stem}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.run_dir or Path("runs", name))
         # Rank 0 alone asks: a slower rank would take the folder of rank 0 for another run's.
@@ -193,9 +194,8 @@ class Run:
     def _make_folder(self) -> None:
         from plumbing.report import about
 
-        new = self.folder.with_name(
-            f"{self.folder.name}.new"
-        )  # it appears as a whole, or not at all
+        # The folder appears as a whole, or not at all.
+        new = self.folder.with_name(f"{self.folder.name}.new")
         with explained(f"--run-dir {self.folder}"):
             try:
                 new.mkdir(parents=True)
@@ -212,12 +212,13 @@ class Run:
         """Lets no other process run this folder until this one ends."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
-        try:
-            with self._writing(".lock"):
-                lock.acquire()
-        except Timeout:
-            require(False, f"--resume {self.folder}: another process runs it; wait, or stop it")
+        # A singleton: a run that failed in this same process must not lock its successor out.
+        self.lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+        with self._writing(".lock"):
+            try:
+                self.lock.acquire()
+            except Timeout:
+                require(False, f"--resume {self.folder}: another process runs it; wait, or stop it")
 
     def _listen(self) -> None:
         """The first Ctrl-C or SIGTERM ends the run after the step, a second one at once."""
@@ -263,7 +264,7 @@ class Run:
                 finally:
                     new.unlink(missing_ok=True)
         # Who ended before the file is whole would have torchrun kill the process that writes it.
-        self.average(torch.zeros(()))
+        self.average(torch.zeros(())).item()
 
     def _restore(self) -> int:
         """Loads the checkpoint, if there is one; returns the number of steps done."""
@@ -309,8 +310,10 @@ class Run:
         for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if not log.exists():
                 continue
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            with explained(f"--resume {self.folder}: {log} is damaged"):
+            with (
+                explained(f"--resume {self.folder}: {log} is damaged"),
+                open(log, encoding="utf-8") as lines,
+            ):
                 # A line without an end was being written when the run was killed.
                 lines = [line for line in lines if line.endswith("\n")]
                 lines = [line for line in lines if json.loads(line)["step"] <= done]
@@ -428,6 +431,8 @@ class Run:
         """Only where all processes end: after an error, to wait for others would be to hang."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.rank == 0:
+            self.lock.release()
         if self.joined:
             dist.destroy_process_group()
 

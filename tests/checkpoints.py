@@ -181,3 +181,14 @@ def comparable(run: Path) -> list[dict]:
         }
         for line in read_log(run / "metrics.jsonl")
     ]
+
+
+def same(ours, theirs) -> bool:
+    """Whether two nested states are equal, tensors bit for bit."""
+    if isinstance(ours, torch.Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs

@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends as the run that never was: bit for bit."""
 
+import gc
 import random
 import re
 import signal
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import argv, comparable, read_log, train, word_world
+from checkpoints import argv, comparable, read_log, same, train, word_world
 from safetensors.torch import load_file
 
 import brain
 import common
-import runlog
+from plumbing import report
 
 ROOT = Path(brain.__file__).parent
 STEPS = {"--steps": "12", "--save-every": "3", "--eval-every": "5", "--refresh-every": "7"}
@@ -88,10 +89,10 @@ def assert_same(run: Path, other: Path) -> None:
         torch.load(x / "checkpoint" / "state.pt", weights_only=True) for x in (run, other)
     )
     assert ours.pop("run") == theirs.pop("run")
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert same(ours, theirs)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param("plain", marks=pytest.mark.slow), "bug 29"])
 def test_bug29_a_run_killed_at_a_random_step_resumes_bit_equal(world, whole, tmp_path, variant):
     lines = random.Random().randint(5, 10)  # another one each time; it is in the failure's locals
     run = tmp_path / "run"
@@ -105,6 +106,7 @@ def test_bug29_a_run_killed_at_a_random_step_resumes_bit_equal(world, whole, tmp
     assert_same(run, whole(variant))
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_first_checkpoint(world, whole, tmp_path):
     """The run starts anew in its folder, with no line twice."""
     run = tmp_path / "run"
@@ -159,20 +161,19 @@ def run_until_killed(flags, monkeypatch, *where) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         break_at(patch, *where)
         train(flags)
+    for number in (signal.SIGINT, signal.SIGTERM):  # else they hold the run, and it the lock
+        signal.signal(number, signal.SIG_DFL)
+    gc.collect()
 
 
 def test_a_kill_while_the_checkpoint_is_written_leaves_the_last_one_whole(
     world, whole, tmp_path, monkeypatch
 ):
-    run = tmp_path / "run"
-    run_until_killed(
-        world | {"--run-dir": str(run)},
-        monkeypatch,
-        common.torch,
-        "save",
-        3,
-        lambda saved, file: file.write(b"the first half of a checkpoint"),
-    )
+    run, half = tmp_path / "run", b"the first half of a checkpoint"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # who is killed tidies nothing up
+        where = (common.torch, "save", 3, lambda saved, file: file.write(half))
+        run_until_killed(world | {"--run-dir": str(run)}, patch, *where)
     left = [path.name for path in (run / "checkpoint").iterdir()]
     assert len(left) == 2 and "state.pt" in left  # the new one lies beside it
     assert torch.load(run / "checkpoint" / "state.pt", weights_only=True)["step"] == 6
@@ -184,7 +185,7 @@ def test_a_kill_while_the_checkpoint_is_written_leaves_the_last_one_whole(
 def test_a_kill_between_log_and_checkpoint(world, whole, tmp_path, monkeypatch):
     """And a line that was cut in two: the log is cut back to the checkpoint, no step twice."""
     run = tmp_path / "run"
-    run_until_killed(world | {"--run-dir": str(run)}, monkeypatch, runlog.Run, "save", 2)
+    run_until_killed(world | {"--run-dir": str(run)}, monkeypatch, common.Run, "save", 2)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "rewa')
     train({"--resume": str(run)})
@@ -196,7 +197,7 @@ def test_a_kill_between_log_and_checkpoint(world, whole, tmp_path, monkeypatch):
 def test_a_kill_at_the_end(world, whole, tmp_path, monkeypatch, where):
     """Before final/ is written, and after it: resume has only to finish."""
     run = tmp_path / "run"
-    target = runlog if where == "plot" else runlog.Run
+    target = report if where == "plot" else common.Run
     run_until_killed(world | {"--run-dir": str(run)}, monkeypatch, target, where, 1)
     assert (run / "final").exists() == (where == "plot")
     train({"--resume": str(run)})
@@ -206,7 +207,7 @@ def test_a_kill_at_the_end(world, whole, tmp_path, monkeypatch, where):
 def test_resume_of_a_finished_run_changes_nothing(world, whole, tmp_path, capsys):
     run = train(world | {"--run-dir": str(tmp_path / "run")})
     lines = comparable(run)
-    args = runlog.parse_args(brain.Args, ["--resume", str(run)])
+    args = common.parse_args(brain.Args, ["--resume", str(run)])
     result = brain.main(args)
     assert comparable(run) == lines
     assert_same(run, whole("plain"))
@@ -224,10 +225,12 @@ def test_bug25_a_run_depends_on_its_flags_only(world, whole, tmp_path, monkeypat
     assert comparable(other) != comparable(whole("plain"))
 
 
+# TensorBoard's thread, which a kill would have ended, misses the folder.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_resume_from_a_folder_of_another_name(world, whole, tmp_path, monkeypatch):
     """A run folder that was moved goes on where it is now."""
     run_until_killed(
-        world | {"--run-dir": str(tmp_path / "run")}, monkeypatch, runlog.Run, "save", 3
+        world | {"--run-dir": str(tmp_path / "run")}, monkeypatch, common.Run, "save", 3
     )
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     train({"--resume": str(moved)})
