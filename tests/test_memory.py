@@ -8,6 +8,8 @@ import transformers
 from models import make_prompts
 
 import common
+from plumbing import cache
+from plumbing.models import Model
 from analyze import memory
 
 ROOT = Path(common.__file__).parent
@@ -19,9 +21,7 @@ def build(spec: memory.Llama, **more):
         num_hidden_layers=spec.layers, hidden_size=spec.hidden, intermediate_size=spec.inner,
         num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads, head_dim=spec.head_dim,
         vocab_size=spec.vocab, tie_word_embeddings=spec.tied, **more)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.mixed, model.shared_rows, model.end_tokens = False, True, [1]
-    return model
+    return Model(transformers.AutoModelForCausalLM.from_config(config).eval(), [1])
 
 
 @pytest.mark.parametrize("name, billions", [("1B", 1.2358), ("8B", 8.0303), ("70B", 70.5537)])
@@ -45,7 +45,8 @@ def kept_for_backward(model, batch, mixed: bool) -> int:
 
     model.mixed = mixed
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        states, _ = common._read_rows(model, batch, batch.response_mask)
+        rows = common._pack(model, batch)
+        states = common._states(model, rows.tokens, rows.segment, rows.position)
     assert states.requires_grad
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
@@ -57,8 +58,7 @@ def test_activations_and_autocasts_copies(dtype, mixed, bytes_, shape):
     """What one more block keeps, exactly."""
     (short, spec), kept = (memory.Llama(n, *shape, 40) for n in (2, 3)), []
     prompts = make_prompts([5] * 8, [6] * 8)
-    batch = common.make_batch(prompts, [p.tokens for p in prompts], [[[7] * 5] * 3] * 2,
-                              torch.device("cpu"))
+    batch = common.Batch(prompts, [[[7] * 5] * 3] * 2)
     for one in (short, spec):
         kept.append(kept_for_backward(build(one).to(dtype), batch, mixed))
     slots = 2 * (8 + 3 * 5)
@@ -68,8 +68,8 @@ def test_activations_and_autocasts_copies(dtype, mixed, bytes_, shape):
 
 def test_cache(monkeypatch):
     """Keys and values of the row that sampling fills, in float32 here."""
-    spec, caches, forward = memory.Llama(3, 32, 48, 4, 2, 8, 40), [], common._forward
-    monkeypatch.setattr(common, "_forward", lambda *x: caches.append(x[-1]) or forward(*x))
+    spec, caches, make = memory.Llama(3, 32, 48, 4, 2, 8, 40), [], cache.make_cache
+    monkeypatch.setattr(cache, "make_cache", lambda *x: caches.append(make(*x)) or caches[-1])
     common.sample(build(spec), make_prompts([5] * 8, [6] * 8), 3, 5, 1.0, 0)
     ours = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[-1].layers)
     batch = memory.Batch(prompts=2, samples=3, prompt_tokens=8, response_tokens=5)

@@ -18,7 +18,6 @@ from tables import (
 
 import bond
 import common
-import runlog
 
 ALONE = SimpleNamespace(world=1, average=lambda mean: mean)
 
@@ -241,9 +240,8 @@ def test_eq8_the_anchor_is_the_exact_moving_average(world, tmp_path, monkeypatch
         policies.append([p.detach().clone() for p in self.param_groups[0]["params"]])
         return out
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    copied = runlog.Run.frozen_copy
-    monkeypatch.setattr(runlog.Run, "frozen_copy", lambda run, model: anchors.append(
-        copied(run, model)) or anchors[-1])
+    copied = common.frozen_copy
+    monkeypatch.setattr(common, "frozen_copy", lambda model: anchors.append(copied(model)) or anchors[-1])
     train(bond, world, tmp_path / "run", steps=3, updates_per_sample=2, eta=0.3, warmup_steps=0)
     ref, anchor = anchors[:2]
     assert len(policies) == 6
@@ -278,6 +276,6 @@ def test_policy_and_anchor_samples_stand_side_by_side(world, tmp_path, monkeypat
                         or seen[-1][2])
     train(bond, world, tmp_path / "run", steps=1)
     ours, theirs, both = seen[0]
-    assert both.response_mask.shape[:2] == (64, 6)
+    assert both.lengths().shape == (64, 6)
     for batch, columns in ((ours, slice(0, 4)), (theirs, slice(4, 6))):
-        assert torch.equal(both.response_mask[:, columns].sum(2), batch.response_mask.sum(2))
+        assert [group[columns] for group in both.responses] == batch.responses

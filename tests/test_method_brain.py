@@ -20,7 +20,6 @@ from tables import (
 
 import brain
 import common
-import runlog
 
 torch.set_default_dtype(torch.float32)
 
@@ -166,7 +165,7 @@ def test_bug24_one_hot_weights_are_finite():
 def test_no_gradient_reaches_the_target_weights():
     """main computes α̂ from log-probs without gradient."""
     model = make_model("llama")
-    batch = common.make_batch([common.Prompt("", [5])], [[5]], [[[6, 1], [7, 1]]], model.device)
+    batch = common.Batch([common.Prompt("", [5])], [[[6, 1], [7, 1]]])
     assert not common.logprobs(model, batch, 1.0).requires_grad
 
 
@@ -176,11 +175,11 @@ def test_kl_estimates():
     exact = (policy.exp() * (policy - ref)).sum()
     picks = torch.multinomial(policy.exp(), 12, replacement=True,
                               generator=torch.Generator().manual_seed(0)).view(3, 4)
-    ours = runlog.kl_estimates(policy[picks], ref[picks], policy[picks])
+    ours = common.kl_estimates(policy[picks], ref[picks], policy[picks])
     torch.testing.assert_close(ours["kl/ref"], (policy - ref)[picks].mean())
     picks = torch.multinomial(proposal.exp(), 200_000, replacement=True,
                               generator=torch.Generator().manual_seed(1))[None]
-    ours = runlog.kl_estimates(policy[picks], ref[picks], proposal[picks])
+    ours = common.kl_estimates(policy[picks], ref[picks], proposal[picks])
     for value in ours.values():
         assert value.item() == pytest.approx(exact.item(), rel=0.03)
 

@@ -32,14 +32,14 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, architecture, name):
     config = trl.DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=len(ROWS), beta=beta,
                            loss_type=[name], report_to=[], use_cpu=True, bf16=False,
                            gradient_checkpointing=False, disable_dropout=True)
-    trainer = trl.DPOTrainer(copy.deepcopy(policy), ref_model=copy.deepcopy(ref), args=config,
+    trainer = trl.DPOTrainer(copy.deepcopy(policy.module), ref_model=copy.deepcopy(ref.module), args=config,
                              train_dataset=data, processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
 
     items = [common.Prompt(text, tokenizer(text)["input_ids"]) for text in prompts]
-    ours = common.encode_responses(tokenizer, policy, items, list(zip(chosen, rejected)))
+    ours = common.encode_responses(tokenizer, policy, items, list(zip(chosen, rejected)), None)
     ref_logprobs = common.logprobs(ref, ours, 1.0)
     logprobs, _ = common.logprobs_and_entropy(policy, ours, 1.0)
     loss = dpo.dpo_loss(logprobs, ref_logprobs, torch.zeros(len(ROWS), dtype=torch.bool),
@@ -48,5 +48,5 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, architecture, name):
     assert abs(loss.item() - theirs.item()) < 1e-5
     expected = dict(trainer.model.named_parameters())
     assert sum(weight.grad is not None for weight in policy.parameters()) > 5
-    for key, weight in policy.named_parameters():
+    for key, weight in policy.module.named_parameters():
         torch.testing.assert_close(weight.grad, expected[key].grad, atol=1e-5, rtol=1e-4)

@@ -16,7 +16,9 @@ import brain
 import common
 import dpo
 import gdc
-import runlog
+from plumbing import models as loading
+from plumbing import report
+from plumbing.cache import GrowingLayer
 import wind
 from analyze import performance
 
@@ -28,7 +30,7 @@ PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [
 
 def ragged() -> common.Batch:
     """Two prompts, four responses each of 2 to 7 tokens."""
-    return common.make_batch(make_prompts(*PROMPTS), PROMPTS, RESPONSES, torch.device("cpu"))
+    return common.Batch(make_prompts(*PROMPTS), RESPONSES)
 
 
 def set_width(monkeypatch, width: int) -> None:
@@ -42,24 +44,24 @@ def test_rows_of_every_width_give_the_numbers_of_plain_rows(architecture, monkey
     products of few rows turned."""
     model, judge = make_model(architecture), make_model(architecture, labels=1)
     prompts = make_prompts(*PROMPTS)
-    monkeypatch.setattr(common, "LARGE", 1)
+    monkeypatch.setattr(loading, "LARGE", 1)
     found = []
     for shared, width, turned in ((False, 1, False), (True, 1, False), (True, 2, False),
                                   (True, 4, False), (True, 4, True)):
         model.shared_rows = judge.shared_rows = shared
         if turned:
-            common.turn_products(model)
-            common.turn_products(judge)
+            loading.turn_products(model.module)
+            loading.turn_products(judge.module)
         set_width(monkeypatch, width)
         logprobs, entropy = common.logprobs_and_entropy(model, ragged(), 0.7)
         model.zero_grad()
         logprobs[0, 1:].sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        drawn, values = common.sample(model, prompts, 4, 6, 0.7, seed=3)
+        drawn = common.sample(model, prompts, 4, 6, 0.7, seed=3)
         with torch.no_grad():
-            judge.shared_rows = True  # a classifier has states, whatever its rows
-            rewards = common._read_scores(judge, ragged())
-        found.append((logprobs, entropy, gradient, drawn.response_tokens, values, rewards))
+            rewards = common._rewards(judge, ragged())
+        tokens = torch.tensor([t for group in drawn.responses for r in group for t in r])
+        found.append((logprobs, entropy, gradient, tokens, drawn.sampled_logprobs, rewards))
     for name, *values in zip(("log-probs", "entropy", "gradient", "tokens", "drawn", "rewards"),
                              *found):
         for value in values[1:]:
@@ -67,45 +69,42 @@ def test_rows_of_every_width_give_the_numbers_of_plain_rows(architecture, monkey
 
 
 def test_no_slot_of_a_row_is_padding_but_at_the_end_of_the_shorter_rows(monkeypatch):
-    """Rows are as long as prompt and responses of the fullest row, the last tokens left out."""
+    """Rows are as long as prompt and responses of the fullest row."""
     model, seen = make_model("llama"), []
-    inner = model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda **inputs: (
+    inner = model.module.base_model.forward
+    monkeypatch.setattr(model.module.base_model, "forward", lambda **inputs: (
         seen.append(inputs["input_ids"]), inner(**inputs))[1])
     set_width(monkeypatch, 4)
     common.logprobs(model, ragged(), 1.0)
-    fed = [sum(len(response) - 1 for response in group) for group in RESPONSES]
+    fed = [sum(len(response) for response in group) for group in RESPONSES]
     assert seen[0].shape == (2, 4 + max(fed))
     assert seen[0][0].tolist() == PROMPTS[0] + [
-        token for response in RESPONSES[0] for token in response[:-1]]
+        token for response in RESPONSES[0] for token in response]
 
 
 def test_a_part_of_a_batch_leaves_out_padding_that_none_of_it_needs():
-    batch = ragged()
-    assert batch[1:2].prompt_tokens.tolist() == [PROMPTS[1]]
-    assert batch[0:2].prompt_tokens.tolist() == [PROMPTS[0], [0, 0, *PROMPTS[1]]]
+    model = make_model("llama")
+    whole, part = (common._pack(model, batch).tokens for batch in (ragged(), ragged()[:1]))
+    assert whole.shape[1] > part.shape[1] == len(PROMPTS[0]) + sum(map(len, RESPONSES[0]))
 
 
-def test_rows_are_as_wide_as_is_cheapest():
-    """Long prompts with short responses share a row, long responses to a short prompt do not; of
-    all divisors of n, none costs less by the rule of `_row_width` written out."""
+def test_rows_are_as_wide_as_the_rule_says():
+    """Responses share a row up to the length of the prompt, or twice the hidden size: short ones to
+    a long prompt do, long ones to a short prompt do not."""
     model = make_model("llama", hidden_size=256, num_attention_heads=4)
     assert common._row_width(model, 512, 53, 8) == 8
     assert common._row_width(model, 64, 512, 2) == 1
-    for prompt, response, n in itertools.product((16, 128, 1024), (8, 64, 512), (1, 6, 8)):
-        costs = {}
-        for width in (w for w in range(1, n + 1) if n % w == 0):
-            slots = prompt + width * response
-            layer = slots * 24 * 256**2 + slots**2 * 4 * 256
-            costs[width] = n // width * layer
-        assert costs[common._row_width(model, prompt, response, n)] == min(costs.values())
+    assert common._row_width(model, 64, 129, 4) == 2
+    assert common._row_width(model, 64, 128, 4) == 4
+    assert common._row_width(model, 64, 100, 7) == 1  # a divisor of n
+    assert common._row_width(model, 4096, 512, 8) == 8
     model.shared_rows = False
     assert common._row_width(model, 512, 53, 8) == 1
 
 
 def test_the_growing_cache_holds_what_a_static_one_holds_and_copies_nothing():
     torch.manual_seed(0)
-    growing = Cache(layer_class_to_replicate=lambda: common._GrowingLayer(9))
+    growing = Cache(layer_class_to_replicate=lambda: GrowingLayer(9))
     static = Cache(layer_class_to_replicate=lambda: StaticLayer(9))
     places = set()
     for size, filled in ((4, 4), (2, 6), (2, 8)):
@@ -119,47 +118,47 @@ def test_the_growing_cache_holds_what_a_static_one_holds_and_copies_nothing():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5), (common.FEW_ROWS + 1, 5), (0, 5)])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5), (loading.FEW_ROWS + 1, 5), (0, 5)])
 def test_turned_products_are_those_of_a_linear_layer(bias, shape, monkeypatch):
     """Values, gradients and memory layout."""
     torch.manual_seed(0)
-    monkeypatch.setattr(common, "LARGE", 5 * 7)
-    layer, x = torch.nn.Linear(5, 7, bias), torch.randn(shape)
+    monkeypatch.setattr(loading, "LARGE", 5 * 7)
+    layer, x = torch.nn.Sequential(torch.nn.Linear(5, 7, bias)), torch.randn(shape)
     found = []
     for turn in (False, True):
         if turn:
-            common.turn_products(layer)
+            loading.turn_products(layer)
             layer.zero_grad()
         x.requires_grad_().grad = None
         out = layer(x)
         out.square().sum().backward()
         assert out.is_contiguous()
         found.append([out.detach(), x.grad, *(p.grad for p in layer.parameters())])
-    assert isinstance(layer, common._TurnedLinear)
+    assert isinstance(layer[0], loading.TurnedLinear)
     for plain, turned in zip(*found, strict=True):
         torch.testing.assert_close(turned, plain)
 
 
 def test_cpu_products_of_few_rows_are_turned(tmp_path, monkeypatch):
     """In the large linear layers of a loaded model, where MKL computes them; more rows are not."""
-    plain, taken = torch.nn.Linear.forward, []
-    monkeypatch.setattr(torch.nn.Linear, "forward",
-                        lambda layer, x: taken.append(len(x)) or plain(layer, x))
-    make_model("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(common, "LARGE", 32 * 24)  # the head and the feed-forward layers
+    plain, taken = torch.nn.functional.linear, []
+    make_model("llama").module.save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "LARGE", 32 * 24)  # the head and the feed-forward layers
     for mkl in (True, False):
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda mkl=mkl: mkl)
-        run = runlog.Run(brain.Args(), brain.__file__)
-        run.device = torch.device("cpu")
-        model = common.load_model(run, "--policy", str(tmp_path), AutoModelForCausalLM,
-                                  torch.float32)
-        for layer in (x for x in model.modules() if isinstance(x, torch.nn.Linear)):
-            large = layer.in_features * layer.out_features >= 32 * 24
-            assert isinstance(layer, common._TurnedLinear) == (mkl and large)
-        layer, taken[:] = model.get_output_embeddings(), []
-        for rows in (common.FEW_ROWS, common.FEW_ROWS + 1):
-            layer(torch.zeros(rows, layer.in_features))
-        assert taken == [common.FEW_ROWS] * (not mkl) + [common.FEW_ROWS + 1]
+        module = loading._load_module("--policy", str(tmp_path), AutoModelForCausalLM, torch.float32,
+                                      torch.device("cpu"))
+        kinds = (torch.nn.Linear, loading.TurnedLinear)
+        for layer in (x for x in module.modules() if isinstance(x, kinds)):
+            large = layer.weight.numel() >= 32 * 24
+            assert isinstance(layer, loading.TurnedLinear) == (mkl and large)
+        layer, taken[:] = module.get_output_embeddings(), []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear",
+                          lambda x, *more: taken.append(len(x)) or plain(x, *more))
+            for rows in (loading.FEW_ROWS, loading.FEW_ROWS + 1):
+                layer(torch.zeros(rows, 32))
+        assert taken == [loading.FEW_ROWS] * (not mkl) + [loading.FEW_ROWS + 1]
 
 
 def test_rows_that_have_ended_leave_and_change_nothing(monkeypatch):
@@ -168,37 +167,37 @@ def test_rows_that_have_ended_leave_and_change_nothing(monkeypatch):
     model, fed = make_model("llama"), []
     model.end_tokens = [1, 2, 3]  # responses of many lengths
     prompts = make_prompts(*([token, token + 1] for token in range(2, 14)))
-    inner = model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda **inputs: (
+    inner = model.module.base_model.forward
+    monkeypatch.setattr(model.module.base_model, "forward", lambda **inputs: (
         fed.append(inputs["input_ids"].shape), inner(**inputs))[1])
     set_width(monkeypatch, 2)
-    batch, drawn = common.sample(model, prompts, 2, 30, 1.0, seed=5)
-    going = batch.response_mask.any(1).sum(0).tolist()  # rows with a living response, by token
+    batch = common.sample(model, prompts, 2, 30, 1.0, seed=5)
+    longest = batch.lengths().amax(1)
+    going = [int((longest > t).sum()) for t in range(int(longest.max()))]  # living rows, by token
     sizes = [rows for rows, asked in fed[1:] if asked == 2]
     assert len(sizes) == len(going) - 1 and going[-1] <= 2 < 12 == sizes[0]
     assert all(rows > 0.75 * size for size, rows in zip(sizes, going[1:]))
     assert len(set(sizes)) > 3
     model.shared_rows = False
     set_width(monkeypatch, 1)
-    plain, values = common.sample(model, prompts, 2, 30, 1.0, seed=5)
-    assert torch.equal(batch.response_tokens, plain.response_tokens)
-    assert torch.equal(batch.response_mask, plain.response_mask)
-    torch.testing.assert_close(drawn, values, atol=2e-5, rtol=2e-4)
+    plain = common.sample(model, prompts, 2, 30, 1.0, seed=5)
+    assert batch.responses == plain.responses
+    torch.testing.assert_close(batch.sampled_logprobs, plain.sampled_logprobs, atol=2e-5, rtol=2e-4)
 
 
 def test_a_draw_is_the_first_token_whose_cumulative_probability_passes_u(monkeypatch):
     """Tokens of probability 0 are never drawn, even if u is 0 or as near to 1 as numbers go."""
     model = make_model("llama", vocab_size=6)
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, 0.0, -torch.inf])
-    monkeypatch.setattr(common, "_head", lambda model, states: logits.expand(*states.shape[:2], 6))
+    monkeypatch.setattr(common, "_logits", lambda model, states: logits.expand(*states.shape[:2], 6))
     law = logits.softmax(0).double()
     for u in (0.0, 0.1, 0.2, 0.25, 0.5, 0.7, 0.8, 1 - 2**-53):
         monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full(shape, u).double())
-        batch, drawn = common.sample(model, make_prompts([2, 3]), 1, 1, 1.0, seed=0)
-        token = batch.response_tokens.item()
+        batch = common.sample(model, make_prompts([2, 3]), 1, 1, 1.0, seed=0)
+        (((token,),),) = batch.responses
         assert law[:token].sum() <= u < law[: token + 1].sum() + 1e-7
         assert law[token] > 0
-        assert drawn.item() == pytest.approx(law[token].log().item(), abs=1e-6)
+        assert batch.sampled_logprobs.item() == pytest.approx(law[token].log().item(), abs=1e-6)
 
 
 def test_the_page_on_performance_is_up_to_date():
@@ -230,23 +229,23 @@ def test_phase_times_and_tokens_a_second_are_those_of_the_wall_clock(script, tmp
     if script == "gdc":
         args.check_every = 9
     monkeypatch.setattr(common, "evaluate", lambda *_: ({"eval/reward": 0.0}, []))
-    monkeypatch.setattr(common, "score_references", lambda judge, prompts, size: prompts)
-    monkeypatch.setattr("runlog.show_samples", lambda folder: None)
+    monkeypatch.setattr(common, "score_references", lambda judge, policy, prompts, size: prompts)
+    monkeypatch.setattr(report, "show_samples", lambda folder: None)
     for name in slow:
         slowed(name)
     begin = []
     monkeypatch.setattr(common, "pick", lambda *args, pick=common.pick: (
         pick(*args), begin.append(time.perf_counter()))[0])
-    ended = common.ended
-    monkeypatch.setattr(common, "ended", lambda policy, batch: (
-        tokens.append(int(batch.response_mask.sum())), ended(policy, batch))[1])
-    original = module.runlog.Run.log
+    ended = common.Batch.ended
+    monkeypatch.setattr(common.Batch, "ended", lambda batch, ends: (
+        tokens.append(int(batch.lengths().sum())), ended(batch, ends))[1])
+    original = common.Run.log
 
     def log(run, step, metrics, samples=()):
         if step:
             begin.append(time.perf_counter())
         original(run, step, metrics, samples)
-    monkeypatch.setattr(module.runlog.Run, "log", log)
+    monkeypatch.setattr(common.Run, "log", log)
     module.main(args)
     line = json.loads(Path(args.run_dir, "metrics.jsonl").read_text().splitlines()[-1])
     times = [line[f"time/{phase}_s"] for phase in ("sample", "score", "update")]

@@ -15,7 +15,8 @@ from checkpoints import WORDS, argv, model, refusal, save, word_tokenizer, word_
 import brain
 
 ROOT = Path(brain.__file__).parent
-SOURCES = [*ROOT.glob("*.py"), *(ROOT / "prepare").glob("*.py"), *(ROOT / "analyze").glob("*.py")]
+RUN = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]  # what a run executes
+SOURCES = [*RUN, *ROOT.glob("prepare/*.py"), *ROOT.glob("analyze/*.py")]
 CODE = """
 import pathlib
 pathlib.Path({witness!r}).write_text("run")
@@ -32,7 +33,7 @@ def world(tmp_path):
     return word_world(tmp_path / "world") | {"--run-dir": str(tmp_path / "run")}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=[path.name for path in SOURCES])
+@pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
 def test_no_source_loads_a_pickle_or_runs_text(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -42,8 +43,33 @@ def test_no_source_loads_a_pickle_or_runs_text(path):
             name = ast.unparse(node.func)
             options = {x.arg: ast.unparse(x.value) for x in node.keywords}
             assert name not in ("eval", "exec", "os.system", "__import__")
-            assert "shell" not in options and "trust_remote_code" not in options
+            assert "shell" not in options
+            assert options.get("trust_remote_code", "False") == "False"
             assert name != "torch.load" or options["weights_only"] == "True"
+
+
+def test_remote_code_and_pickled_weights_are_refused_wherever_a_checkpoint_is_read():
+    """Left out, transformers would ask at a terminal; and it would take a pickle for weights."""
+    calls = [
+        (ast.unparse(node.func), {x.arg: ast.unparse(x.value) for x in node.keywords})
+        for path in RUN
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained")
+    ]
+    assert len(calls) == 3  # a tokenizer, a configuration, a model
+    for name, options in calls:
+        assert options["trust_remote_code"] == "False"
+        without_weights = name.startswith(("AutoTokenizer.", "AutoConfig."))
+        assert without_weights or options["use_safetensors"] == "True"
+
+
+def test_a_data_sets_own_code_is_not_run(world, tmp_path, capsys):
+    """As `datasets` did once: a script named like its folder."""
+    witness, folder = tmp_path / "witness", tmp_path / "own"
+    write_jsonl(folder / "train.jsonl", [{"prompt": "the film"}] * 4)
+    (folder / "own.py").write_text(CODE.format(witness=str(witness)))
+    assert f"--dataset {folder}" in refusal(world | {"--dataset": str(folder)}, capsys)
+    assert not witness.exists()
 
 
 @pytest.mark.parametrize("flag", ["--policy", "--reward-model"])
