@@ -1,7 +1,8 @@
 """Data files that nobody should have written, and what reading them comes to.
 
 Each input is a .jsonl file of a few good rows, some of which were spoiled. Reading must end in
-prompts, every row of which is accounted for, or in one line that names file and line, exit code 2.
+prompts, every row that `datasets` found accounted for, or in one line that names --dataset and the
+file, exit code 2. Nesting stops at 3,000 levels: at some 20,000 Arrow itself crashes.
 """
 
 import collections
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import brain
 import common
+from plumbing import data
 
 TEMPLATE = """{% for m in messages %}{% if m.role == 'system' %}
 {{ raise_exception('no system role') }}{% endif %}<{{ m.role }}> {{ m.content }} {% endfor %}"""
@@ -117,8 +119,8 @@ LINES = [
 
 
 def deep(draws: random.Random) -> bytes:
-    """A line nested up to 100,000 levels deep."""
-    levels = draws.choice([5, 100, 900, 3000, 100_000])
+    """A line nested up to 3,000 levels deep."""
+    levels = draws.choice([5, 100, 900, 3000])
     opening, closing = draws.choice([(b"[", b"]"), (b'{"a":', b"}")])
     inside = opening * levels + b"1" + closing * draws.choice([levels, levels - 1])
     return b'{"prompt": "a", "completion": "b", "x": ' + inside + b"}"
@@ -172,8 +174,8 @@ def spoil(draws: random.Random, good: dict) -> bytes:
     return line
 
 
-def inputs(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
-    """(content of a file, rows that it seems to have) of `count` hostile files."""
+def inputs(count: int, seed: int) -> Iterator[bytes]:
+    """The contents of `count` hostile files."""
     draws = random.Random(seed)
     for _ in range(count):
         form = draws.randrange(5)
@@ -182,37 +184,29 @@ def inputs(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
             at = draws.randrange(len(lines))
             lines[at] = spoil(draws, row(draws, draws.choice([form, form, draws.randrange(5)])))
         content = draws.choice([b"\n", b"\n", b"\r\n"]).join(lines)
-        content += draws.choice([b"\n", b"", b"\n\n"])
-        yield content, sum(bool(line.strip()) for line in content.split(b"\n"))
+        yield content + draws.choice([b"\n", b"", b"\n\n"])
 
 
-def outcome(path: Path, content: bytes, rows: int, tokenizer) -> tuple[str, str]:
+def outcome(path: Path, content: bytes, tokenizer) -> tuple[str, str]:
     """(what reading the file came to, what is wrong with that)."""
     path.write_bytes(content)
     said, error = io.StringIO(), io.StringIO()
+    args = brain.Args(dataset=str(path), max_prompt_tokens=200)
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
-            kept = common.load_prompts(
-                brain.Args(dataset=str(path), max_prompt_tokens=200), tokenizer
-            )
+            kept = common.load_prompts(args, tokenizer)
     except SystemExit as stop:
-        line = error.getvalue()
-        if stop.code != 2 or not line.startswith("error: ") or line.count("\n") != 1:
-            return "refused", f"code {stop.code}: {line[:300]!r}"
-        if place := re.search(re.escape(str(path)) + r": line (\d+)", line):
-            lines = content.count(b"\n") + 1
-            good = 1 <= int(place[1]) <= lines
-            return "refused, line named", "" if good else f"no such line: {line!r}"
-        whole = re.search("no usable|needed are prompt|no chat template|beside the one", line)
-        return "refused as a whole", "" if whole and str(path) in line else f"no line: {line!r}"
+        line, start = error.getvalue(), f"error: --dataset {path}: "
+        good = stop.code == 2 and line.count("\n") == 1 and line.startswith(start)
+        wrong = "" if good else f"code {stop.code}: {line[:300]!r}"
+        named = re.match(r"(training|held-out) row \d+: ", line.removeprefix(start))
+        return "refused, row named" if named else "refused as a whole", wrong
     except BaseException as failure:  # the point of it all
         return "traceback", f"{type(failure).__name__}: {failure!s:.200}"
-    dropped = sum(
-        int(x)
-        for counts in re.findall(r"dropped (\d+) with .*? and (\d+) longer", said.getvalue())
-        for x in counts
-    )
+    counts = re.findall(r"dropped (\d+) with .*? and (\d+) longer", said.getvalue())
+    dropped = sum(int(x) for pair in counts for x in pair)
     total = sum(map(len, kept)) + dropped
+    rows = sum(map(len, data._read_splits(str(path)).values()))
     wrong = "" if total == rows else f"{total} of {rows} rows accounted for"
     return "read" if not dropped else "read, with rows dropped and counted", wrong
 
@@ -222,9 +216,9 @@ def main(result: Path, count: int, seed: int = 1) -> None:
     tokenizer = common.load_tokenizer("--policy", "assets/tiny/sft")
     counts, problems = collections.Counter(), []
     path = result.with_name("hostile.jsonl")
-    for number, (content, rows) in enumerate(inputs(count, seed)):
+    for number, content in enumerate(inputs(count, seed)):
         tokenizer.chat_template = TEMPLATE if number % 2 else None
-        kind, wrong = outcome(path, content, rows, tokenizer)
+        kind, wrong = outcome(path, content, tokenizer)
         counts[kind] += 1
         if wrong:
             problems.append(f"input {number}: {wrong}")
