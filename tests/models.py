@@ -17,8 +17,13 @@ from plumbing.models import Model
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 WORDS = "the a good bad film was and it very i loved hated so plot actor".split()
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "intermediate_size": 48, "max_position_embeddings": 256}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+}
 NARROW = {"head_dim": 8, "num_key_value_heads": 2}
 ARCHITECTURES = {  # the windows of 4 tokens are shorter than the rows of the tests
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
@@ -26,10 +31,21 @@ ARCHITECTURES = {  # the windows of 4 tokens are shorter than the rows of the te
     "llama": SMALL | {"num_key_value_heads": 2},
     "qwen3": SMALL | NARROW,
     "gemma2": SMALL | NARROW | {"sliding_window": 4, "query_pre_attn_scalar": 8},
-    "gemma3_text": SMALL | NARROW | {"sliding_window": 4, "query_pre_attn_scalar": 8,
-                                     "layer_types": ["sliding_attention", "full_attention"]},
-    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
-            "max_position_embeddings": 256, "word_embed_proj_dim": 32},
+    "gemma3_text": SMALL
+    | NARROW
+    | {
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "max_position_embeddings": 256,
+        "word_embed_proj_dim": 32,
+    },
     "mistral": SMALL | {"num_key_value_heads": 2, "sliding_window": 4},
 }
 
@@ -37,13 +53,20 @@ ARCHITECTURES = {  # the windows of 4 tokens are shorter than the rows of the te
 def make_model(architecture: str, vocab_size: int = 24, labels: int = 0, seed: int = 0, **more):
     """A Model: a causal LM, or a classifier if `labels`. Weights are large: attention must matter."""
     config = transformers.AutoConfig.for_model(
-        architecture, vocab_size=vocab_size, **ARCHITECTURES[architecture] |
-        {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None} | more)
+        architecture,
+        vocab_size=vocab_size,
+        **ARCHITECTURES[architecture]
+        | {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+        | more,
+    )
     if labels:
         config.num_labels = labels
     torch.manual_seed(seed)
-    auto = (transformers.AutoModelForSequenceClassification if labels
-            else transformers.AutoModelForCausalLM)
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if labels
+        else transformers.AutoModelForCausalLM
+    )
     module = auto.from_config(config).eval()
     for name, weight in module.named_parameters():
         if weight.dim() > 1:
@@ -59,7 +82,8 @@ def word_tokenizer(words=WORDS, bos: bool = False, **special):
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
         backend.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+            single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+        )
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"} | special
     special |= {"bos_token": "<bos>"} if bos else {}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
@@ -70,11 +94,13 @@ def bpe_tokenizer(text: str, size: int = 300, end: str = "<|endoftext|>", **spec
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[end],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     backend.train_from_iterator([text], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end,
-                                                pad_token=end, **special)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=end, pad_token=end, **special
+    )
 
 
 def save(folder: Path, model, tokenizer) -> str:
@@ -98,14 +124,29 @@ def make_world(folder: Path, architecture: str = "llama", **more) -> brain.Args:
     size = len(tokenizer)
     save(folder / "sft", make_model(architecture, size), tokenizer)
     save(folder / "rm", make_model("gpt2", size, labels=1, seed=1), tokenizer)
-    rows = [{"prompt": " ".join(WORDS[(i * k) % 15] for k in range(1, 3 + i % 5)),
-             "completion": " " + WORDS[i % 15]} for i in range(60)]
+    rows = [
+        {
+            "prompt": " ".join(WORDS[(i * k) % 15] for k in range(1, 3 + i % 5)),
+            "completion": " " + WORDS[i % 15],
+        }
+        for i in range(60)
+    ]
     write_jsonl(folder / "data" / "train.jsonl", rows[:40])
     write_jsonl(folder / "data" / "test.jsonl", rows[40:])
-    args = brain.Args(policy=str(folder / "sft"), reward_model=str(folder / "rm"),
-                      dataset=str(folder / "data"), run_dir=str(folder / "run"), steps=4,
-                      prompts_per_step=4, samples_per_prompt=4, max_prompt_tokens=16,
-                      max_response_tokens=6, eval_prompts=8, eval_every=2, save_every=2)
+    args = brain.Args(
+        policy=str(folder / "sft"),
+        reward_model=str(folder / "rm"),
+        dataset=str(folder / "data"),
+        run_dir=str(folder / "run"),
+        steps=4,
+        prompts_per_step=4,
+        samples_per_prompt=4,
+        max_prompt_tokens=16,
+        max_response_tokens=6,
+        eval_prompts=8,
+        eval_every=2,
+        save_every=2,
+    )
     return replace(args, **more)
 
 

@@ -48,39 +48,58 @@ def make_small_world(folder: Path, responses: int = 2) -> dict:
     size = len(tokenizer)
     policy = make_model("llama", size)
     with torch.no_grad():
-        policy.module.lm_head.weight[[0, 2, 3]] = 0  # <pad>, <unk>, <bos>: plain words to this model
+        policy.module.lm_head.weight[[0, 2, 3]] = (
+            0  # <pad>, <unk>, <bos>: plain words to this model
+        )
     save(folder / "sft", policy, tokenizer)
     save(folder / "rm", make_model("llama", size, labels=1, seed=2), tokenizer)
     rows = [{"prompt": "a b", "completion": "a", "chosen": "a", "rejected": "b"}] * 2
     write_jsonl(folder / "data" / "train.jsonl", rows)
     write_jsonl(folder / "data" / "test.jsonl", rows)
-    return {"policy": str(folder / "sft"), "reward_model": str(folder / "rm"),
-            "dataset": str(folder / "data"), "max_prompt_tokens": 8,
-            "max_response_tokens": responses, "prompts_per_step": 2, "samples_per_prompt": 64,
-            "steps": 250, "lr": 1.5e-3, "warmup_steps": 5, "eval_every": 10**6, "eval_prompts": 2,
-            "save_every": 10**6}
+    return {
+        "policy": str(folder / "sft"),
+        "reward_model": str(folder / "rm"),
+        "dataset": str(folder / "data"),
+        "max_prompt_tokens": 8,
+        "max_response_tokens": responses,
+        "prompts_per_step": 2,
+        "samples_per_prompt": 64,
+        "steps": 250,
+        "lr": 1.5e-3,
+        "warmup_steps": 5,
+        "eval_every": 10**6,
+        "eval_prompts": 2,
+        "save_every": 10**6,
+    }
 
 
 def all_responses(flags: dict, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs of `policy`, rewards) in float64 of all responses to the one prompt, [responses]."""
     names = {field.name for field in fields(brain.Args)}
-    args = brain.Args(**{name: value for name, value in flags.items() if name in names}
-                      | {"policy": policy, "run_dir": ""})
+    args = brain.Args(
+        **{name: value for name, value in flags.items() if name in names}
+        | {"policy": policy, "run_dir": ""}
+    )
     run = common.Run(args, brain.__file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     model = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, model, tokenizer)
     prompts, _ = common.load_prompts(args, tokenizer)
     end, vocabulary = 1, range(len(tokenizer))
-    ids = ([[end]] + [[i, j] for i in vocabulary if i != end for j in vocabulary]
-           if args.max_response_tokens == 2 else [[i] for i in vocabulary])
+    ids = (
+        [[end]] + [[i, j] for i in vocabulary if i != end for j in vocabulary]
+        if args.max_response_tokens == 2
+        else [[i] for i in vocabulary]
+    )
     batch = common.Batch(prompts[:1], [ids])
     logprobs = common.logprobs(model, batch, 1.0).double()[0]
     assert abs(logprobs.exp().sum() - 1) < 1e-5
     return logprobs, common.score(reward_model, batch).double()[0]
 
 
-def train(script, flags: dict, folder: Path, decay=False, **more) -> tuple[torch.Tensor, list[dict]]:
+def train(
+    script, flags: dict, folder: Path, decay=False, **more
+) -> tuple[torch.Tensor, list[dict]]:
     """Runs a script's main(); (log-probs of all responses after it, its metrics). With `decay` the
     step size falls to 0, so that the noise of the last samples does not hide where the loop goes."""
     args, step, taken = script.Args(**flags | {"run_dir": str(folder)} | more), AdamW.step, []
@@ -91,6 +110,7 @@ def train(script, flags: dict, folder: Path, decay=False, **more) -> tuple[torch
         out = step(self, *inputs, **options)
         group["lr"] = kept
         return out
+
     with pytest.MonkeyPatch.context() as patch:
         if decay:
             patch.setattr(AdamW, "step", smaller_step)
@@ -109,16 +129,17 @@ def samplers(monkeypatch) -> list[torch.Tensor]:
     evaluations, nor at a test of fresh samples)."""
     weights, original, seeds = [], common.sample, common.seed_of
 
-    def sample(model, prompts, n, *more):
-        if more[-1] in training:
+    def sample(model, prompts, n, max_tokens, temperature, seed):
+        if seed in training:
             weights.append(next(model.parameters()).detach().clone())
-        return original(model, prompts, n, *more)
+        return original(model, prompts, n, max_tokens, temperature, seed)
 
     def seed_of(*parts):
         seed = seeds(*parts)
         if all(isinstance(part, int) for part in parts):  # (seed, step, rank)
             training.add(seed)
         return seed
+
     training: set[int] = set()
     monkeypatch.setattr(common, "sample", sample)
     monkeypatch.setattr(common, "seed_of", seed_of)

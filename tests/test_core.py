@@ -13,9 +13,11 @@ from plumbing import models as loading
 from plumbing.models import Model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 1, 15, 16]]  # the last holds the end token
-RESPONSES = [[[4, 5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13]],
-             [[1], [5, 5, 5, 1], [6, 7, 1]],
-             [[20, 21, 22, 23, 4], [19, 1], [18, 17, 1]]]
+RESPONSES = [
+    [[4, 5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13]],
+    [[1], [5, 5, 5, 1], [6, 7, 1]],
+    [[20, 21, 22, 23, 4], [19, 1], [18, 17, 1]],
+]
 
 
 def ragged_batch():
@@ -28,7 +30,9 @@ def naive(model, prompt, response, temperature=1.0):
     """(log-prob, entropy) sums, one token at a time, each from a row of its own."""
     total = entropy = 0.0
     for t, token in enumerate(response):
-        logits = model.module(torch.tensor([prompt + response[:t]])).logits[0, -1].double() / temperature
+        logits = (
+            model.module(torch.tensor([prompt + response[:t]])).logits[0, -1].double() / temperature
+        )
         logprobs = logits.log_softmax(-1)
         total += logprobs[token].item()
         entropy -= (logprobs.exp() * logprobs).sum().item()
@@ -40,8 +44,12 @@ def naive(model, prompt, response, temperature=1.0):
 def test_bug01_bug02_rows_equal_a_naive_loop(architecture, temperature):
     """Shift, left padding, position ids, masks and windows: shared rows = plain rows = naive loop."""
     model, batch = make_model(architecture), ragged_batch()
-    truth = torch.tensor([[naive(model, p, r, temperature) for r in group]
-                          for p, group in zip(PROMPTS, RESPONSES, strict=True)])
+    truth = torch.tensor(
+        [
+            [naive(model, p, r, temperature) for r in group]
+            for p, group in zip(PROMPTS, RESPONSES, strict=True)
+        ]
+    )
     for model.shared_rows in (True, False):
         logprobs, entropy = common.logprobs_and_entropy(model, batch, temperature)
         torch.testing.assert_close(logprobs.detach(), truth[..., 0], atol=1e-4, rtol=1e-5)
@@ -77,8 +85,12 @@ def test_bug05_what_fills_the_padding_changes_nothing(monkeypatch):
         return padded.masked_fill(mask[:-1] < 0, 17) if fill == 0 else padded
 
     monkeypatch.setattr(common, "_pad", filled)
-    torch.testing.assert_close(common.logprobs(model, ragged_batch(), 1.0), expected, atol=1e-5, rtol=0)
-    assert common.sample(model, make_prompts(*PROMPTS), 4, 6, 1.0, seed=3).responses == drawn.responses
+    torch.testing.assert_close(
+        common.logprobs(model, ragged_batch(), 1.0), expected, atol=1e-5, rtol=0
+    )
+    assert (
+        common.sample(model, make_prompts(*PROMPTS), 4, 6, 1.0, seed=3).responses == drawn.responses
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -86,8 +98,12 @@ def test_bug05_what_fills_the_padding_changes_nothing(monkeypatch):
 def test_bug03_probabilities_of_all_responses_sum_to_1(architecture, end):
     """The end token counts once, also when it is token 0, the filler: sum over all responses = 1."""
     model, vocabulary = make_model(architecture, vocab_size=4), range(4)
-    ended = [list(r) + [end] for t in range(3) for r in itertools.product(vocabulary, repeat=t)
-             if end not in r]
+    ended = [
+        list(r) + [end]
+        for t in range(3)
+        for r in itertools.product(vocabulary, repeat=t)
+        if end not in r
+    ]
     cut = [list(r) for r in itertools.product(vocabulary, repeat=3) if end not in r]
     batch = common.Batch(make_prompts([2, 3, 2]), [ended + cut])
     total = common.logprobs(model, batch, 1.0).exp().sum().item()
@@ -117,11 +133,13 @@ def test_logits_are_kept_or_computed_again(monkeypatch):
     tokens = int(batch.lengths().sum())
     assert tokens > 256
     monkeypatch.setattr(common, "_logits", lambda *x: calls.append(len(x[1])) or head(*x))
-    for chunk, most, expected in ((24 * tokens, 24 * tokens, [tokens]),
-                                  (24 * tokens, 24 * tokens - 1, [tokens] * 2),
-                                  (24 * (tokens - 1), 24 * tokens, [tokens - 1, 1]),
-                                  (24 * (tokens - 1), 0, [tokens - 1, 1] * 2),
-                                  (0, 24 * tokens, [256, tokens - 256])):
+    for chunk, most, expected in (
+        (24 * tokens, 24 * tokens, [tokens]),
+        (24 * tokens, 24 * tokens - 1, [tokens] * 2),
+        (24 * (tokens - 1), 24 * tokens, [tokens - 1, 1]),
+        (24 * (tokens - 1), 0, [tokens - 1, 1] * 2),
+        (0, 24 * tokens, [256, tokens - 256]),
+    ):
         monkeypatch.setattr(common, "CHUNK", chunk)
         monkeypatch.setattr(common, "MOST_LOGITS", most)
         calls.clear()
@@ -156,7 +174,9 @@ def test_bug07_sampled_frequencies_are_those_of_the_softmax():
     """Chi-square over all 13 responses, 40,000 draws, odd generation defaults in the checkpoint.
     Falsely alarmed for one seed in 10,000."""
     model = make_model("llama", vocab_size=4)
-    model.module.generation_config.update(temperature=0.6, top_p=0.8, top_k=2, repetition_penalty=1.5)
+    model.module.generation_config.update(
+        temperature=0.6, top_p=0.8, top_k=2, repetition_penalty=1.5
+    )
     prompt, temperature = [2, 3], 1.3
     drawn = []
     for seed in range(3, 11):
@@ -177,8 +197,9 @@ def test_bug08_logprobs_as_drawn_equal_those_recomputed(architecture):
     model, drawn = make_model(architecture), []
     for model.shared_rows in (True, False):
         batch = common.sample(model, make_prompts(*PROMPTS), 8, 6, 0.8, seed=5)
-        torch.testing.assert_close(batch.sampled_logprobs, common.logprobs(model, batch, 0.8),
-                                   atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            batch.sampled_logprobs, common.logprobs(model, batch, 0.8), atol=1e-4, rtol=1e-5
+        )
         drawn.append(batch.responses)
     assert drawn[0] == drawn[1]
 
@@ -214,8 +235,9 @@ def test_bug04_bug06_responses_stop_at_every_end_token_and_at_no_prompt():
 def make_reward(architecture, tokenizer, policy_tokenizer, add_end=True, **more):
     """A RewardModel on random weights."""
     ends = [policy_tokenizer.eos_token_id, 4]
-    model = make_model(architecture, len(tokenizer), labels=1, seed=1,
-                       eos_token_id=tokenizer.eos_token_id, **more)
+    model = make_model(
+        architecture, len(tokenizer), labels=1, seed=1, eos_token_id=tokenizer.eos_token_id, **more
+    )
     same = tokenizer is policy_tokenizer
     return common.RewardModel(model, tokenizer, policy_tokenizer, ends, add_end, same)
 
@@ -254,8 +276,9 @@ def test_bug13_bug14_bug17_the_reward_model_reads_its_own_tokens(add_end):
     responses = [[ids(t.split()) for t in group] for group in texts]
     responses[0][0].append(1)
     responses[1][0].append(4)  # "the", here the policy's second end token
-    prompts = [common.Prompt(text, policy_tokenizer(text)["input_ids"])
-               for text in ("i loved the", "so")]
+    prompts = [
+        common.Prompt(text, policy_tokenizer(text)["input_ids"]) for text in ("i loved the", "so")
+    ]
     read = common._as_read_by(reward, common.Batch(prompts, responses))
     for i, j in itertools.product(range(2), range(2)):
         closing = [tokenizer.eos_token_id] if add_end and j == 0 else []
@@ -266,12 +289,13 @@ def test_bug13_bug14_bug17_the_reward_model_reads_its_own_tokens(add_end):
 
 def test_bug16_a_chat_goes_through_each_tokenizers_own_template_with_one_start_token():
     """The reward model's template opens and closes the turns; the start token stands there once."""
-    template = ("{{ '<bos> ' }}{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <end> ' }}"
-                "{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}")
+    template = (
+        "{{ '<bos> ' }}{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <end> ' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
     words = ["user", "assistant", "<end>", "good", "film"]
     tokenizer = word_tokenizer(words, bos=True, chat_template=template)
-    other = word_tokenizer([*words, "!"], bos=True,
-                           chat_template=template.replace("<end>", "!"))
+    other = word_tokenizer([*words, "!"], bos=True, chat_template=template.replace("<end>", "!"))
     messages = [{"role": "user", "content": "film"}]
     text, tokens = common.encode_prompt(tokenizer, messages)
     assert tokens.count(tokenizer.bos_token_id) == 1
@@ -314,16 +338,21 @@ def test_a_model_that_ignores_a_4d_mask_falls_back_to_plain_rows(capsys):
     forward = model.module.model.forward
 
     def deaf(attention_mask=None, **inputs):
-        return forward(attention_mask=None if attention_mask is None or attention_mask.dim() == 4
-                       else attention_mask, **inputs)
+        return forward(
+            attention_mask=None
+            if attention_mask is None or attention_mask.dim() == 4
+            else attention_mask,
+            **inputs,
+        )
 
     model.module.model.forward = deaf
     common._choose_rows("--policy", "x", model)
     assert not model.shared_rows
     assert capsys.readouterr().out.startswith("--policy x: no shared rows (off by")
     expected = naive(make_model("llama"), PROMPTS[0], RESPONSES[0][0])[0]
-    assert common.logprobs(model, ragged_batch(), 1.0)[0, 0].item() == pytest.approx(expected,
-                                                                                   abs=1e-4)
+    assert common.logprobs(model, ragged_batch(), 1.0)[0, 0].item() == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_a_model_that_fits_neither_kind_of_row_is_an_error(capsys):
@@ -333,14 +362,25 @@ def test_a_model_that_fits_neither_kind_of_row_is_an_error(capsys):
     model.module.transformer.forward = lambda input_ids, **_: forward(input_ids)
     with pytest.raises(SystemExit) as stop:
         common._choose_rows("--policy", "x", model)
-    assert stop.value.code == 2 and "does not give the numbers of single rows" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "does not give the numbers of single rows" in capsys.readouterr().err
+    )
 
 
 def test_bug09_models_are_loaded_without_dropout(tmp_path):
     """A checkpoint with dropout gives the same log-probs twice."""
-    make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).module.save_pretrained(tmp_path)
-    module = loading._load_module("--policy", str(tmp_path), transformers.AutoModelForCausalLM,
-                                  torch.float32, torch.device("cpu"))
+    make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).module.save_pretrained(
+        tmp_path
+    )
+    module = loading._load_module(
+        "--policy",
+        str(tmp_path),
+        transformers.AutoModelForCausalLM,
+        torch.float32,
+        torch.device("cpu"),
+    )
     model = Model(module, [1])
-    assert torch.equal(common.logprobs(model, ragged_batch(), 1.0),
-                       common.logprobs(model, ragged_batch(), 1.0))
+    assert torch.equal(
+        common.logprobs(model, ragged_batch(), 1.0), common.logprobs(model, ragged_batch(), 1.0)
+    )

@@ -18,9 +18,16 @@ ROOT = Path(common.__file__).parent
 def build(spec: memory.Llama, **more):
     """The model that `spec` describes."""
     config = transformers.LlamaConfig(
-        num_hidden_layers=spec.layers, hidden_size=spec.hidden, intermediate_size=spec.inner,
-        num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads, head_dim=spec.head_dim,
-        vocab_size=spec.vocab, tie_word_embeddings=spec.tied, **more)
+        num_hidden_layers=spec.layers,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.inner,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab,
+        tie_word_embeddings=spec.tied,
+        **more,
+    )
     return Model(transformers.AutoModelForCausalLM.from_config(config).eval(), [1])
 
 
@@ -51,8 +58,14 @@ def kept_for_backward(model, batch, mixed: bool) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-@pytest.mark.parametrize("dtype, mixed, bytes_", [
-    (torch.float32, False, (40, 16)), (torch.float32, True, (34, 8)), (torch.bfloat16, False, (24, 8))])
+@pytest.mark.parametrize(
+    "dtype, mixed, bytes_",
+    [
+        (torch.float32, False, (40, 16)),
+        (torch.float32, True, (34, 8)),
+        (torch.bfloat16, False, (24, 8)),
+    ],
+)
 @pytest.mark.parametrize("shape", [(64, 128, 4, 2, 16), (96, 80, 6, 3, 16)])
 def test_activations_and_autocasts_copies(dtype, mixed, bytes_, shape):
     """What one more block keeps, exactly."""
@@ -81,5 +94,7 @@ def test_the_tables_of_the_docs_are_up_to_date():
     page = (ROOT / "docs" / "scaling.md").read_text()
     for rows in (memory.memory_table(memory.Batch()), memory.time_table(memory.Batch())):
         assert rows in page
-    assert all(memory.most(memory.MODELS["70B"], memory.Batch(), gpus, 2) > 141e9
-               for gpus in (1, 8, 16, 10**9))
+    assert all(
+        memory.most(memory.MODELS["70B"], memory.Batch(), gpus, 2) > 141e9
+        for gpus in (1, 8, 16, 10**9)
+    )

@@ -22,6 +22,11 @@ import common
 ALONE = SimpleNamespace(world=1, average=lambda mean: mean)
 
 
+def slow_param(value):
+    """A parameter whose test takes half a minute."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def quantiles(law: torch.Tensor, rewards: torch.Tensor):
     """(p_<, p_≤) of each response under the law (log-probs)."""
     below = torch.stack([law.exp()[rewards < r].sum() for r in rewards])
@@ -43,8 +48,9 @@ def kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def jeffreys_minimum(forward: torch.Tensor, target: torch.Tensor, b: float) -> torch.Tensor:
     """Log of the law that minimises (1−b)·KL(forward‖π) + b·KL(π‖target), target unnormalised."""
     logits = ((1 - b) * forward + b * target).log_softmax(0).clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], lr=1, max_iter=500, tolerance_grad=1e-12,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits], lr=1, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -52,6 +58,7 @@ def jeffreys_minimum(forward: torch.Tensor, target: torch.Tensor, b: float) -> t
         value = (1 - b) * -(forward.exp() * law).sum() + b * kl(law, target)
         value.backward()
         return value
+
     optimizer.step(closure)
     return logits.detach().log_softmax(0)
 
@@ -120,9 +127,19 @@ def test_eq2_expected_gradient_is_that_of_jeffreys_divergence(b):
         def over_policy(y):
             log_ratio = (policy - anchor)[y][None]
             quality = (n - 1) * upto.log()[y][None]
-            return gradient(logits, lambda q: loss(
-                torch.cat([q[y], q[picks]])[None], log_ratio, quality - log_ratio, best, jeffreys=b))
+            return gradient(
+                logits,
+                lambda q: loss(
+                    torch.cat([q[y], q[picks]])[None],
+                    log_ratio,
+                    quality - log_ratio,
+                    best,
+                    jeffreys=b,
+                ),
+            )
+
         return expectation(policy, 1, over_policy)
+
     got = expectation(anchor, n, over_anchors)
     forward = gradient(logits, lambda q: (1 - b) * -(best_of(anchor, rewards, n).exp() * q).sum())
     backward = gradient(logits, lambda q: b * kl(q, target))
@@ -135,8 +152,10 @@ def test_eq4_baseline_is_the_mean_of_the_others():
     expected = torch.tensor([[1 - 11 / 3, 2 - 10 / 3], [3 - 3.0, 6 - 2.0]])
     torch.testing.assert_close(bond.advantages(ALONE, returns), expected)
     assert bond.advantages(ALONE, torch.tensor([[5.0]])).item() == 5
-    halves = [bond.advantages(SimpleNamespace(
-        world=2, average=lambda mean: torch.tensor(3.0)), row[None]) for row in returns]
+    halves = [
+        bond.advantages(SimpleNamespace(world=2, average=lambda mean: torch.tensor(3.0)), row[None])
+        for row in returns
+    ]
     torch.testing.assert_close(torch.cat(halves), expected)
 
 
@@ -151,7 +170,9 @@ def test_eq6_reward_of_j_bond():
     got = bond.j_bond_reward(torch.tensor([[0.0, 1.0, 1.5, 3.0]]), torch.tensor([[1.0, 2.0]]))
     torch.testing.assert_close(got, -math.log(16) * torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     anchor = table(0, 6).log_softmax(0)
-    mean = expectation(anchor, 2, lambda picks: bond.j_bond_reward(TIED[None], TIED[picks][None])[0])
+    mean = expectation(
+        anchor, 2, lambda picks: bond.j_bond_reward(TIED[None], TIED[picks][None])[0]
+    )
     upto = quantiles(anchor, TIED)[1]
     torch.testing.assert_close(mean.double(), -math.log(16) * (1 - upto) ** 2, atol=1e-6, rtol=0)
 
@@ -171,8 +192,18 @@ def test_eq7_gamma_holds_the_policy_at_the_anchor():
 
     def one(picks):
         log_ratio, zero = (policy - anchor)[picks][None], torch.zeros(1, 1).double()
-        return gradient(logits, lambda q: loss(torch.cat([q[picks], q[:1]])[None], log_ratio, zero,
-                                               torch.tensor([0]), jeffreys=1.0, gamma=0.7))
+        return gradient(
+            logits,
+            lambda q: loss(
+                torch.cat([q[picks], q[:1]])[None],
+                log_ratio,
+                zero,
+                torch.tensor([0]),
+                jeffreys=1.0,
+                gamma=0.7,
+            ),
+        )
+
     got = expectation(policy, 1, one)
     torch.testing.assert_close(got, gradient(logits, lambda q: 0.7 * kl(q, anchor)))
 
@@ -181,52 +212,81 @@ def test_invariances():
     """Monotone transforms of the reward change neither quantile nor r_J nor the best."""
     rewards, anchors = table(0, 3, 4), table(1, 3, 2)
     for f in (torch.exp, lambda x: 3 * x**3 - 1):
-        torch.testing.assert_close(bond.log_quantile(f(rewards), f(anchors)),
-                                   bond.log_quantile(rewards, anchors))
-        torch.testing.assert_close(bond.j_bond_reward(f(rewards), f(anchors)),
-                                   bond.j_bond_reward(rewards, anchors))
+        torch.testing.assert_close(
+            bond.log_quantile(f(rewards), f(anchors)), bond.log_quantile(rewards, anchors)
+        )
+        torch.testing.assert_close(
+            bond.j_bond_reward(f(rewards), f(anchors)), bond.j_bond_reward(rewards, anchors)
+        )
     logprobs, log_ratio, advantage = table(2, 3, 6), table(3, 3, 4), table(4, 3, 4)
     best = torch.tensor([0, 1, 0])
     single = loss(logprobs.float(), log_ratio.float(), advantage.float(), best, gamma=0.3)
-    torch.testing.assert_close(loss(logprobs, log_ratio, advantage, best, gamma=0.3),
-                               single.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loss(logprobs, log_ratio, advantage, best, gamma=0.3), single.double(), atol=1e-5, rtol=1e-5
+    )
 
 
 # ── the script ──
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Flags of an enumerable world of 6 responses."""
-    return make_small_world(tmp_path_factory.mktemp("bond"), 1) | {"prompts_per_step": 64,
-                                                                   "samples_per_prompt": 4}
+    return make_small_world(tmp_path_factory.mktemp("bond"), 1) | {
+        "prompts_per_step": 64,
+        "samples_per_prompt": 4,
+    }
 
 
-@pytest.mark.parametrize("b", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("b", [slow_param(0.0), 0.5, slow_param(1.0)])
 def test_j_bond_reaches_its_stationary_law_against_a_frozen_anchor(world, tmp_path, b):
     """η = 0: the minimum of (1−b)·KL(Bo2‖π) + b·KL(π‖π_a·exp(−log16·(1−p_≤)²))."""
     ref, rewards = all_responses(world, world["policy"])
     target = ref - math.log(16) * (1 - quantiles(ref, rewards)[1]) ** 2
     goal = jeffreys_minimum(best_of(ref, rewards, 2), target, b)
-    after, _ = train(bond, world, tmp_path / "run", True, eta=0.0, jeffreys=b,
-                     prompts_per_step=256, lr=2e-3, steps=250)
+    after, _ = train(
+        bond,
+        world,
+        tmp_path / "run",
+        True,
+        eta=0.0,
+        jeffreys=b,
+        prompts_per_step=256,
+        lr=2e-3,
+        steps=250,
+    )
     assert distance(ref, goal) > 0.1 and distance(after, goal) < 0.02
 
 
-@pytest.mark.parametrize("b", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("b", [slow_param(0.0), 0.5, slow_param(1.0)])
 def test_bond_reaches_best_of_n_of_the_start_model(world, tmp_path, b):
     """--anchor fixed, N = 4: (1) for b = 0, for b > 0 the law that the mean of log p̂_≤ over k = 8
     anchor samples gives. How far that is from (1) is the bias of (5)."""
     ref, rewards = all_responses(world, world["policy"])
     upto, k = quantiles(ref, rewards)[1], 8
     counts = torch.arange(k + 1, dtype=torch.float64)
-    choose = (torch.tensor(float(k + 1)).lgamma() - (counts + 1).lgamma()
-              - (k + 1 - counts).lgamma()).double()
-    log_odds = (choose + torch.xlogy(counts, upto[:, None])
-                + torch.xlogy(k - counts, (1 - upto[:, None]).clamp(min=0)))
+    choose = (
+        torch.tensor(float(k + 1)).lgamma() - (counts + 1).lgamma() - (k + 1 - counts).lgamma()
+    ).double()
+    log_odds = (
+        choose
+        + torch.xlogy(counts, upto[:, None])
+        + torch.xlogy(k - counts, (1 - upto[:, None]).clamp(min=0))
+    )
     mean_log = (log_odds.exp() * (counts / k).clamp(min=0.5 / k).log()).sum(1)
     exact = best_of(ref, rewards, 4)
     goal = jeffreys_minimum(exact, ref + 3 * mean_log, b)
-    after, _ = train(bond, world, tmp_path / "run", True, anchor="fixed", best_of=4,
-                     anchor_samples=8, jeffreys=b, prompts_per_step=128, lr=2e-3, steps=250)
+    after, _ = train(
+        bond,
+        world,
+        tmp_path / "run",
+        True,
+        anchor="fixed",
+        best_of=4,
+        anchor_samples=8,
+        jeffreys=b,
+        prompts_per_step=128,
+        lr=2e-3,
+        steps=250,
+    )
     assert distance(ref, goal) > 0.2 and distance(after, goal) < 0.02
     print(f"b {b}: total variation of the goal from best-of-4 {distance(goal, exact):.4f}")
 
@@ -239,9 +299,12 @@ def test_eq8_the_anchor_is_the_exact_moving_average(world, tmp_path, monkeypatch
         out = original(self, *x, **y)
         policies.append([p.detach().clone() for p in self.param_groups[0]["params"]])
         return out
+
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     copied = common.frozen_copy
-    monkeypatch.setattr(common, "frozen_copy", lambda model: anchors.append(copied(model)) or anchors[-1])
+    monkeypatch.setattr(
+        common, "frozen_copy", lambda model: anchors.append(copied(model)) or anchors[-1]
+    )
     train(bond, world, tmp_path / "run", steps=3, updates_per_sample=2, eta=0.3, warmup_steps=0)
     ref, anchor = anchors[:2]
     assert len(policies) == 6
@@ -254,26 +317,40 @@ def test_eq8_the_anchor_is_the_exact_moving_average(world, tmp_path, monkeypatch
 
 def test_copy_renews_the_anchor_every_1_over_eta_steps(world, tmp_path):
     """bond/kl_anchor is exactly 0 in the step after a copy."""
-    _, lines = train(bond, world, tmp_path / "run", steps=9, anchor="copy", eta=0.25,
-                     warmup_steps=0, anchor_samples=4, best_of=4)
+    _, lines = train(
+        bond,
+        world,
+        tmp_path / "run",
+        steps=9,
+        anchor="copy",
+        eta=0.25,
+        warmup_steps=0,
+        anchor_samples=4,
+        best_of=4,
+    )
     fresh = [line["step"] for line in lines[1:] if abs(line["bond/kl_anchor"]) < 1e-6]
     assert fresh == [1, 5, 9]
 
 
+@pytest.mark.slow
 def test_gamma_slows_the_policy_down(world, tmp_path):
     """KL from the start model after the same steps falls with γ."""
     ref, _ = all_responses(world, world["policy"])
-    kls = [kl(train(bond, world, tmp_path / str(gamma), steps=80, gamma=gamma, eta=0.2)[0],
-              ref).item() for gamma in (0.0, 1.0, 4.0)]
+    kls = [
+        kl(train(bond, world, tmp_path / str(gamma), steps=80, gamma=gamma, eta=0.2)[0], ref).item()
+        for gamma in (0.0, 1.0, 4.0)
+    ]
     assert kls[0] > kls[1] > kls[2]
 
 
 def test_policy_and_anchor_samples_stand_side_by_side(world, tmp_path, monkeypatch):
     """N of the policy first, then k of the anchor, with their own lengths."""
     seen, original = [], common.Batch.beside
-    monkeypatch.setattr(common.Batch, "beside",
-                        lambda self, other: seen.append((self, other, original(self, other)))
-                        or seen[-1][2])
+    monkeypatch.setattr(
+        common.Batch,
+        "beside",
+        lambda self, other: seen.append((self, other, original(self, other))) or seen[-1][2],
+    )
     train(bond, world, tmp_path / "run", steps=1)
     ours, theirs, both = seen[0]
     assert both.lengths().shape == (64, 6)

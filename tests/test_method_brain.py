@@ -35,20 +35,28 @@ def step_weights(estimator, logprobs, ref, proposal, rewards, beta):
 def expected_gradient(estimator, logits, ref, proposal, rewards, beta, n):
     """Mean gradient in the logits of a table policy, over all n-tuples of responses drawn from the
     proposal, with their exact probabilities."""
+
     def one(picks):
-        alpha = brain.posterior_weights(ref[picks][None], rewards[picks][None],
-                                        proposal[picks][None], beta)
-        return gradient(logits, lambda q: brain.brain_loss(q[picks][None], proposal[picks][None],
-                                                           alpha, estimator))
+        alpha = brain.posterior_weights(
+            ref[picks][None], rewards[picks][None], proposal[picks][None], beta
+        )
+        return gradient(
+            logits,
+            lambda q: brain.brain_loss(q[picks][None], proposal[picks][None], alpha, estimator),
+        )
+
     return expectation(proposal, n, one)
 
 
 # ── equations ──
 def test_eq1_weights_are_the_self_normalised_posterior():
     """By hand: p = (.5, .25), r = (0, τ log 3), q′ = (.25, .5) gives weights 2 : 1.5."""
-    alpha = brain.posterior_weights(torch.tensor([[0.5, 0.25]]).log(),
-                                    torch.tensor([[0.0, 2 * math.log(3)]]),
-                                    torch.tensor([[0.25, 0.5]]).log(), beta=2.0)
+    alpha = brain.posterior_weights(
+        torch.tensor([[0.5, 0.25]]).log(),
+        torch.tensor([[0.0, 2 * math.log(3)]]),
+        torch.tensor([[0.25, 0.5]]).log(),
+        beta=2.0,
+    )
     torch.testing.assert_close(alpha, torch.tensor([[4 / 7, 3 / 7]]))
 
 
@@ -59,21 +67,27 @@ def test_eq1_invariances():
     alpha = brain.posterior_weights(ref, rewards, proposal, 0.7)
     torch.testing.assert_close(alpha.sum(1), torch.ones(3, dtype=torch.float64))
     shift = table(3, 3, 1)
-    torch.testing.assert_close(brain.posterior_weights(ref - shift, rewards + shift, proposal + 2,
-                                                       0.7), alpha)
+    torch.testing.assert_close(
+        brain.posterior_weights(ref - shift, rewards + shift, proposal + 2, 0.7), alpha
+    )
     order = torch.randperm(5)
     torch.testing.assert_close(
         brain.posterior_weights(ref[:, order], rewards[:, order], proposal[:, order], 0.7),
-        alpha[:, order])
+        alpha[:, order],
+    )
     single = [x.float() for x in (ref, rewards, proposal)]
-    torch.testing.assert_close(brain.posterior_weights(*single, 0.7).double(), alpha, atol=1e-6,
-                               rtol=1e-5)
+    torch.testing.assert_close(
+        brain.posterior_weights(*single, 0.7).double(), alpha, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_eq2_eq3_loss_is_the_divergence_of_the_two_weights():
     """By hand: α̂ = (.4, .6), q_θ/q′ = (1, 3) so β̂ = (.25, .75)."""
-    loss = brain.brain_loss(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.5, 1 / 6]]).log(),
-                            torch.tensor([[0.4, 0.6]]))
+    loss = brain.brain_loss(
+        torch.tensor([[0.5, 0.5]]).log(),
+        torch.tensor([[0.5, 1 / 6]]).log(),
+        torch.tensor([[0.4, 0.6]]),
+    )
     assert loss.item() == pytest.approx(0.4 * math.log(1.6) + 0.6 * math.log(0.8), abs=1e-6)
 
 
@@ -82,7 +96,9 @@ def test_eq4_autograd_of_eq3():
     logprobs, ref, proposal, rewards = (table(i, 4, 6) for i in range(4))
     alpha = (ref + rewards / 0.5 - proposal).softmax(1)
     weights = step_weights("brain", logprobs, ref, proposal, rewards, 0.5)
-    torch.testing.assert_close(weights, alpha - (logprobs - proposal).softmax(1), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        weights, alpha - (logprobs - proposal).softmax(1), atol=1e-10, rtol=0
+    )
     shifted = step_weights("brain", logprobs + table(9, 4, 1), ref, proposal, rewards, 0.5)
     torch.testing.assert_close(shifted, weights, atol=1e-10, rtol=0)
 
@@ -92,8 +108,12 @@ def test_eq4_weights_of_the_ablations():
     logprobs, ref, proposal, rewards = (table(i, 4, 6) for i in range(4))
     alpha = (ref + rewards / 0.5 - proposal).softmax(1)
     inputs = (logprobs, ref, proposal, rewards, 0.5)
-    torch.testing.assert_close(step_weights("no-self-norm", *inputs),
-                               alpha - (logprobs - proposal).exp() / 6, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        step_weights("no-self-norm", *inputs),
+        alpha - (logprobs - proposal).exp() / 6,
+        atol=1e-10,
+        rtol=0,
+    )
     torch.testing.assert_close(step_weights("no-baseline", *inputs), alpha, atol=1e-10, rtol=0)
 
 
@@ -105,8 +125,9 @@ def test_every_gradient_is_zero_at_the_posterior(n):
     for proposal in (ref, target, table(2, 9).log_softmax(0)):
         for seed in range(20):
             picks = torch.randint(9, (5, n), generator=torch.Generator().manual_seed(seed))
-            weights = step_weights("brain", target[picks], ref[picks], proposal[picks],
-                                   rewards[picks], 0.4)
+            weights = step_weights(
+                "brain", target[picks], ref[picks], proposal[picks], rewards[picks], 0.4
+            )
             assert weights.abs().max() < 1e-12
 
 
@@ -129,13 +150,17 @@ def test_expected_gradient_tends_to_that_of_the_divergence():
     """As N grows the self-normalised estimate's mean gradient tends to ∇KL(posterior ‖ q_θ)."""
     ref, rewards, logits = table(0, 3).log_softmax(0), table(1, 3), table(2, 3)
     exact = logits.softmax(0) - posterior(ref, rewards, 1.0).exp()
-    gaps = [(expected_gradient("brain", logits, ref, ref, rewards, 1.0, n) - exact).norm()
-            for n in (2, 4, 8)]
+    gaps = [
+        (expected_gradient("brain", logits, ref, ref, rewards, 1.0, n) - exact).norm()
+        for n in (2, 4, 8)
+    ]
     assert gaps[0] > gaps[1] > gaps[2]
-    picks = torch.multinomial(ref.exp(), 400_000, replacement=True,
-                              generator=torch.Generator().manual_seed(0))[None]
-    weights = step_weights("brain", logits.log_softmax(0)[picks], ref[picks], ref[picks],
-                           rewards[picks], 1.0)[0]
+    picks = torch.multinomial(
+        ref.exp(), 400_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )[None]
+    weights = step_weights(
+        "brain", logits.log_softmax(0)[picks], ref[picks], ref[picks], rewards[picks], 1.0
+    )[0]
     limit = -torch.zeros(3, dtype=torch.float64).index_add(0, picks[0], weights)
     torch.testing.assert_close(limit, exact, atol=0.01, rtol=0)
 
@@ -155,11 +180,17 @@ def test_two_samples_and_arg_max_are_dpo_with_coefficient_1():
 def test_bug24_one_hot_weights_are_finite():
     """Rewards of ±1e4 at a tiny τ, and log-ratios of hundreds of nats, give no NaN."""
     logprobs = torch.tensor([[-900.0, -1.0, -300.0]], requires_grad=True)
-    alpha = brain.posterior_weights(torch.zeros(1, 3), torch.tensor([[1e4, -1e4, 0.0]]),
-                                    torch.tensor([[-5.0, -2.0, -700.0]]), 1e-3)
+    alpha = brain.posterior_weights(
+        torch.zeros(1, 3),
+        torch.tensor([[1e4, -1e4, 0.0]]),
+        torch.tensor([[-5.0, -2.0, -700.0]]),
+        1e-3,
+    )
     loss = brain.brain_loss(logprobs, torch.tensor([[-5.0, -2.0, -700.0]]), alpha)
     loss.sum().backward()
-    assert alpha.tolist() == [[1, 0, 0]] and loss.isfinite().all() and logprobs.grad.isfinite().all()
+    assert (
+        alpha.tolist() == [[1, 0, 0]] and loss.isfinite().all() and logprobs.grad.isfinite().all()
+    )
 
 
 def test_no_gradient_reaches_the_target_weights():
@@ -173,12 +204,14 @@ def test_kl_estimates():
     """On-policy k1 is the mean log-ratio; off-policy both tend to the exact KL; k3 ≥ 0."""
     ref, policy, proposal = (table(i, 6).log_softmax(0) for i in range(3))
     exact = (policy.exp() * (policy - ref)).sum()
-    picks = torch.multinomial(policy.exp(), 12, replacement=True,
-                              generator=torch.Generator().manual_seed(0)).view(3, 4)
+    picks = torch.multinomial(
+        policy.exp(), 12, replacement=True, generator=torch.Generator().manual_seed(0)
+    ).view(3, 4)
     ours = common.kl_estimates(policy[picks], ref[picks], policy[picks])
     torch.testing.assert_close(ours["kl/ref"], (policy - ref)[picks].mean())
-    picks = torch.multinomial(proposal.exp(), 200_000, replacement=True,
-                              generator=torch.Generator().manual_seed(1))[None]
+    picks = torch.multinomial(
+        proposal.exp(), 200_000, replacement=True, generator=torch.Generator().manual_seed(1)
+    )[None]
     ours = common.kl_estimates(policy[picks], ref[picks], proposal[picks])
     for value in ours.values():
         assert value.item() == pytest.approx(exact.item(), rel=0.03)
@@ -208,8 +241,15 @@ def test_bug10_bug21_first_lines_and_learning_rate(world, tmp_path):
     A run with --micro-batch takes the same steps."""
     lines = {}
     for micro_batch in (0, 1):
-        args = replace(world, run_dir=str(tmp_path / str(micro_batch)), steps=8, warmup_steps=5,
-                       updates_per_sample=2, refresh_every=1, micro_batch=micro_batch)
+        args = replace(
+            world,
+            run_dir=str(tmp_path / str(micro_batch)),
+            steps=8,
+            warmup_steps=5,
+            updates_per_sample=2,
+            refresh_every=1,
+            micro_batch=micro_batch,
+        )
         brain.main(args)
         text = (tmp_path / str(micro_batch) / "metrics.jsonl").read_text()
         lines[micro_batch] = [json.loads(line) for line in text.splitlines()]
@@ -239,5 +279,6 @@ def test_final_is_a_checkpoint(world, tmp_path):
     brain.main(replace(world, run_dir=str(tmp_path / "run"), steps=1, warmup_steps=0))
     final = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     start = transformers.AutoModelForCausalLM.from_pretrained(world.policy)
-    assert any(not torch.equal(a, b) for a, b in
-               zip(final.parameters(), start.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(final.parameters(), start.parameters(), strict=True)
+    )

@@ -64,13 +64,22 @@ def test_eq1_gradient():
 
 def pair_gradient(logits, ref, label, beta, name="sigmoid"):
     """Exact mean gradient over pairs of start-model samples, each order with its probability."""
+
     def one(picks):
         if picks[0] == picks[1]:
             return torch.zeros_like(logits)
         wins = label(picks)
-        return sum(p * gradient(logits, lambda q, order=order: loss(
-            q[picks[order]][None], ref[picks[order]][None], beta=beta, loss=name))
-            for p, order in ((wins, [0, 1]), (1 - wins, [1, 0])))
+        return sum(
+            p
+            * gradient(
+                logits,
+                lambda q, order=order: loss(
+                    q[picks[order]][None], ref[picks[order]][None], beta=beta, loss=name
+                ),
+            )
+            for p, order in ((wins, [0, 1]), (1 - wins, [1, 0]))
+        )
+
     return expectation(ref, 2, one)
 
 
@@ -81,6 +90,7 @@ def test_eq1_zero_gradient_at_the_target_with_bradley_terry_labels():
 
     def labels(picks):
         return torch.sigmoid(rewards[picks[0]] - rewards[picks[1]])
+
     assert pair_gradient(target, ref, labels, beta).abs().max() < 1e-12
     assert pair_gradient(target, ref, labels, 2 * beta).norm() > 1e-2
     assert pair_gradient(ref, ref, labels, beta).norm() > 1e-2
@@ -92,8 +102,11 @@ def test_best_against_worst_has_no_finite_optimum():
 
     def labels(picks):
         return (rewards[picks[0]] > rewards[picks[1]]).double()
-    slopes = [(pair_gradient(ref + k * rewards, ref, labels, 1.0) * rewards).sum().item()
-              for k in (0, 1, 4, 16)]
+
+    slopes = [
+        (pair_gradient(ref + k * rewards, ref, labels, 1.0) * rewards).sum().item()
+        for k in (0, 1, 4, 16)
+    ]
     assert all(slope < 0 for slope in slopes)
 
 
@@ -110,8 +123,12 @@ def test_invariances():
         expected = loss(logprobs, ref, free, loss=name)
         moved = loss(logprobs + table(2, 3, 1), ref - table(3, 3, 1), free, loss=name)
         torch.testing.assert_close(moved, expected)
-        torch.testing.assert_close(loss(logprobs.float(), ref.float(), free, loss=name).double(),
-                                   expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            loss(logprobs.float(), ref.float(), free, loss=name).double(),
+            expected,
+            atol=1e-6,
+            rtol=1e-5,
+        )
 
 
 # ── the script ──
@@ -119,7 +136,11 @@ def test_invariances():
 def world(tmp_path_factory):
     """Flags of an enumerable world with 6 responses."""
     return make_small_world(tmp_path_factory.mktemp("dpo"), 1) | {
-        "prompts_per_step": 128, "samples_per_prompt": 2, "steps": 300, "beta": 2.0}
+        "prompts_per_step": 128,
+        "samples_per_prompt": 2,
+        "steps": 300,
+        "beta": 2.0,
+    }
 
 
 def test_the_loop_reaches_the_target_with_bradley_terry_labels(world, tmp_path, monkeypatch):
@@ -129,13 +150,13 @@ def test_the_loop_reaches_the_target_with_bradley_terry_labels(world, tmp_path, 
 
     def noisy(rewards):
         first = torch.rand(len(rewards), generator=generator) < torch.sigmoid(
-            rewards[:, 0] - rewards[:, 1])
+            rewards[:, 0] - rewards[:, 1]
+        )
         return torch.stack([(~first).long(), first.long()], 1)
 
     monkeypatch.setattr(dpo, "best_and_worst", noisy)
     ref, rewards = all_responses(world, world["policy"])
-    after, lines = train(dpo, world, tmp_path / "run", True, lr=3e-3,
-                         prompts_per_step=512)
+    after, lines = train(dpo, world, tmp_path / "run", True, lr=3e-3, prompts_per_step=512)
     target = posterior(ref, rewards, world["beta"])
     assert distance(ref, target) > 0.1 and distance(after, target) < 0.02
     same = (ref.exp()[:, None] * ref.exp() * (rewards[:, None] == rewards)).sum().item()
@@ -149,8 +170,7 @@ def test_first_loss_and_what_training_does(world, tmp_path, name, start, pairs):
     """Step 1 shows ln 2 (or 1) to 1e-6; then the chosen response gains on the rejected one."""
     if pairs == "dataset":  # data sets cannot hold the empty response: "a" against "b"
         world = world | {"prompts_per_step": 8}
-    _, lines = train(dpo, world, tmp_path / "run", steps=12, loss=name, pairs=pairs,
-                     warmup_steps=0)
+    _, lines = train(dpo, world, tmp_path / "run", steps=12, loss=name, pairs=pairs, warmup_steps=0)
     if start:
         assert lines[1]["loss"] == pytest.approx(start, abs=1e-6)
         assert lines[-1]["loss"] < start
@@ -162,21 +182,42 @@ def test_first_loss_and_what_training_does(world, tmp_path, name, start, pairs):
 def test_slic_trains_on_the_references(world, tmp_path):
     """λ alone: the data set's completion "a" gains."""
     ref, _ = all_responses(world, world["policy"])
-    after, _ = train(dpo, world, tmp_path / "run", steps=20, loss="slic", margin=1e-9,
-                     reference_weight=1.0, prompts_per_step=8)
+    after, _ = train(
+        dpo,
+        world,
+        tmp_path / "run",
+        steps=20,
+        loss="slic",
+        margin=1e-9,
+        reference_weight=1.0,
+        prompts_per_step=8,
+    )
     assert after[4] > ref[4] + 0.05  # token 4 is "a"
 
 
 def test_pairs_of_the_dataset_reach_the_batch(world, tmp_path, monkeypatch):
     """Chosen first, rejected second, each closed by the end token and cut at the most tokens."""
     seen, original = [], common.encode_responses
-    monkeypatch.setattr(common, "encode_responses",
-                        lambda *x: seen.append((x[3], original(*x))) or seen[-1][1])
-    train(dpo, world, tmp_path / "run", steps=1, pairs="dataset", prompts_per_step=2,
-          max_response_tokens=2)
+    monkeypatch.setattr(
+        common, "encode_responses", lambda *x: seen.append((x[3], original(*x))) or seen[-1][1]
+    )
+    train(
+        dpo,
+        world,
+        tmp_path / "run",
+        steps=1,
+        pairs="dataset",
+        prompts_per_step=2,
+        max_response_tokens=2,
+    )
     texts, batch = seen[1]  # the first call scored the references
-    assert original(word_tokenizer(["a", "b"]), make_model("llama"), [common.Prompt("", [4])],
-                    [["a <eos> b", "a"]], None).responses == [[[4, 1], [4, 1]]]
+    assert original(
+        word_tokenizer(["a", "b"]),
+        make_model("llama"),
+        [common.Prompt("", [4])],
+        [["a <eos> b", "a"]],
+        None,
+    ).responses == [[[4, 1], [4, 1]]]
     assert texts == [["a", "b"]] * 2
     assert batch.responses == [[[4, 1], [5, 1]]] * 2
 

@@ -28,12 +28,15 @@ LOG_Z = (REF + REWARDS / BETA).logsumexp(0)
 
 def expected_gradient(baseline, logits, normalizer, n, proposal=PROPOSAL):
     """Exact mean gradient in the logits of gdc.py's loss over all n-tuples of the proposal."""
+
     def one(picks):
         log_w = gdc.log_weights(REF[picks][None], REWARDS[picks][None], proposal[picks][None], BETA)
         log_z = LOG_Z if normalizer == "exact" else gdc.log_mean_weight(log_w)
         weights = (log_w - log_z).exp()
-        return gradient(logits, lambda q: gdc.gdc_loss(q[picks][None], proposal[picks][None],
-                                                       weights, baseline))
+        return gradient(
+            logits, lambda q: gdc.gdc_loss(q[picks][None], proposal[picks][None], weights, baseline)
+        )
+
     return expectation(proposal, n, one)
 
 
@@ -42,8 +45,9 @@ def expected_gradient(baseline, logits, normalizer, n, proposal=PROPOSAL):
 def test_eq1_eq2_expected_gradient_is_that_of_the_divergence(baseline, n):
     """With the true Z both have the mean gradient ∇KL(p*‖π) = π − p*, whatever the proposal."""
     exact = LOGITS.softmax(0) - TARGET.exp()
-    torch.testing.assert_close(expected_gradient(baseline, LOGITS, "exact", n), exact, atol=1e-10,
-                               rtol=0)
+    torch.testing.assert_close(
+        expected_gradient(baseline, LOGITS, "exact", n), exact, atol=1e-10, rtol=0
+    )
 
 
 def test_eq2_every_weight_is_zero_at_the_target():
@@ -52,8 +56,12 @@ def test_eq2_every_weight_is_zero_at_the_target():
     picks = torch.arange(4)
     weights = (TARGET - PROPOSAL).exp()[None]
     for baseline, zero in (("gdc++", True), ("none", False)):
-        got = gradient(TARGET, lambda q, baseline=baseline: gdc.gdc_loss(
-            q[picks[:1]][None], PROPOSAL[:1][None], weights[:, :1], baseline))
+        got = gradient(
+            TARGET,
+            lambda q, baseline=baseline: gdc.gdc_loss(
+                q[picks[:1]][None], PROPOSAL[:1][None], weights[:, :1], baseline
+            ),
+        )
         assert (got.abs().max() < 1e-12) == zero
     assert expected_gradient("none", TARGET, "exact", 2).abs().max() < 1e-12
 
@@ -79,11 +87,14 @@ def test_prompt_normalizer_without_baseline_is_self_normalisation():
 def test_eq4_is_the_divergence_in_expectation():
     """With the true Z the mean over the proposal is KL(p*‖h), of the proposal and of a policy."""
     for h in (PROPOSAL, LOGITS.log_softmax(0)):
+
         def one(picks, h=h):
-            log_w = gdc.log_weights(REF[picks][None], REWARDS[picks][None], PROPOSAL[picks][None],
-                                    BETA)
+            log_w = gdc.log_weights(
+                REF[picks][None], REWARDS[picks][None], PROPOSAL[picks][None], BETA
+            )
             log_target = (REF + REWARDS / BETA)[picks][None]
             return gdc.kl_from_target(log_w, LOG_Z, log_target, h[picks][None])[0]
+
         exact = (TARGET.exp() * (TARGET - h)).sum()
         torch.testing.assert_close(expectation(PROPOSAL, 2, one), exact, atol=1e-10, rtol=0)
 
@@ -104,17 +115,27 @@ def test_gaussian_closed_forms_of_the_variance(mu):
     theta = torch.ones_like(x, requires_grad=True)
     proposal, target = -(x - mu).square() / 2, -x.square() / 2
     two = math.exp(mu**2) * (1 + (1 + mu) ** 2)
-    exact = {"none": (two - 1) / n,
-             "gdc++": (two + math.exp((1 - mu) ** 2) * (1 + (1 - mu) ** 2)
-                       - 2 * math.exp(mu**2 - mu) * (1 + mu**2) - 1) / n}
+    exact = {
+        "none": (two - 1) / n,
+        "gdc++": (
+            two
+            + math.exp((1 - mu) ** 2) * (1 + (1 - mu) ** 2)
+            - 2 * math.exp(mu**2 - mu) * (1 + mu**2)
+            - 1
+        )
+        / n,
+    }
     for baseline, variance in exact.items():
-        loss = gdc.gdc_loss(-(x - theta).square() / 2, proposal, (target - proposal).exp(), baseline)
+        loss = gdc.gdc_loss(
+            -(x - theta).square() / 2, proposal, (target - proposal).exp(), baseline
+        )
         (got,) = torch.autograd.grad(loss.sum(), theta)
         density = proposal.exp() / proposal.exp().sum()
         mean = (density * got).sum()
         assert mean.item() == pytest.approx(1, abs=1e-6)
-        assert ((density * (got - mean).square()).sum() / n).item() == pytest.approx(variance,
-                                                                                     rel=1e-6)
+        assert ((density * (got - mean).square()).sum() / n).item() == pytest.approx(
+            variance, rel=1e-6
+        )
 
 
 def test_invariances():
@@ -125,10 +146,12 @@ def test_invariances():
         log_w = gdc.log_weights(ref, rewards, proposal, BETA)
         weights = (log_w - gdc.log_mean_weight(log_w)).exp()
         return gdc.gdc_loss(logprobs, proposal, weights, "gdc++")
+
     expected = loss(ref, rewards, proposal, logprobs)
     order = torch.randperm(5)
-    torch.testing.assert_close(loss(*(x[:, order] for x in (ref, rewards, proposal, logprobs))),
-                               expected)
+    torch.testing.assert_close(
+        loss(*(x[:, order] for x in (ref, rewards, proposal, logprobs))), expected
+    )
     torch.testing.assert_close(loss(ref, rewards + 3, proposal, logprobs), expected)
 
 
@@ -139,12 +162,16 @@ def world(tmp_path_factory):
     return make_small_world(tmp_path_factory.mktemp("gdc"), 1) | {"beta": 2.5}
 
 
-@pytest.mark.parametrize("more", [
-    {"max_response_tokens": 2}, {"proposal": "sft"},
-    {"proposal": "policy", "baseline": "none", "samples_per_prompt": 256, "lr": 1e-3},
-    {"normalizer": "running", "proposal": "policy"},
-    {"normalizer": "running", "baseline": "none", "samples_per_prompt": 256, "lr": 1e-3},
-])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"max_response_tokens": 2},
+        {"proposal": "sft"},
+        {"proposal": "policy", "baseline": "none", "samples_per_prompt": 256, "lr": 1e-3},
+        {"normalizer": "running", "proposal": "policy"},
+        {"normalizer": "running", "baseline": "none", "samples_per_prompt": 256, "lr": 1e-3},
+    ],
+)
 def test_the_loop_reaches_the_target(world, tmp_path, more):
     """main() comes within 0.02 in total variation of p* from the start model, by every variant."""
     ref, rewards = all_responses(world | more, world["policy"])

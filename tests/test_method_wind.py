@@ -26,8 +26,9 @@ def game(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards[:, None] > rewards).double() + 0.5 * (rewards[:, None] == rewards)
 
 
-ROCK_PAPER_SCISSORS = torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]],
-                                   dtype=torch.float64)
+ROCK_PAPER_SCISSORS = torch.tensor(
+    [[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]], dtype=torch.float64
+)
 
 
 def exact_step(previous, ref, preference, beta, eta):
@@ -55,17 +56,21 @@ def loss(logprobs, ref, previous, win_rate, **flags):
 def test_eq2_win_rates():
     """By hand, with a tie; with itself the mean is ½, and so is it without."""
     rewards = torch.tensor([[3.0, 1.0, 1.0, 0.0]])
-    torch.testing.assert_close(wind.win_rates(rewards, "square"),
-                               torch.tensor([[3.5, 2.0, 2.0, 0.5]]) / 4)
+    torch.testing.assert_close(
+        wind.win_rates(rewards, "square"), torch.tensor([[3.5, 2.0, 2.0, 0.5]]) / 4
+    )
     for risk in ("kl", "nce"):
-        torch.testing.assert_close(wind.win_rates(rewards, risk),
-                                   torch.tensor([[3.0, 1.5, 1.5, 0.0]]) / 3)
+        torch.testing.assert_close(
+            wind.win_rates(rewards, risk), torch.tensor([[3.0, 1.5, 1.5, 0.0]]) / 3
+        )
         assert wind.win_rates(table(0, 5, 7), risk).mean(1).allclose(torch.tensor(0.5))
 
 
 def test_eq1_eq3_by_hand():
     """β = 1, η = 2: ψ = 1.5·log π − log π_ref − ½·log π_t."""
-    logprobs, ref, previous = (torch.tensor([x]) for x in ([-1.0, -2.0], [-2.0, -2.0], [-1.0, -3.0]))
+    logprobs, ref, previous = (
+        torch.tensor([x]) for x in ([-1.0, -2.0], [-2.0, -2.0], [-1.0, -3.0])
+    )
     win_rate = torch.tensor([[0.75, 0.25]])
     psi = [1.5 * -1 + 2 + 0.5, 1.5 * -2 + 2 + 1.5]
     residual = psi[0] - 0.75 - (psi[1] - 0.25)
@@ -77,8 +82,10 @@ def test_eq3_first_loss_is_the_variance_of_the_win_rates():
     """Where policy, opponent and reference are one, ψ is 0."""
     logprobs, rewards = table(0, 3, 8), table(1, 3, 8)
     win_rate = wind.win_rates(rewards, "square").double()
-    torch.testing.assert_close(loss(logprobs, logprobs, logprobs, win_rate, beta=0.3, eta=2.0),
-                               win_rate.var(1, correction=0))
+    torch.testing.assert_close(
+        loss(logprobs, logprobs, logprobs, win_rate, beta=0.3, eta=2.0),
+        win_rate.var(1, correction=0),
+    )
     assert win_rate.var(1, correction=0)[0].item() == pytest.approx((1 - 1 / 64) / 12)
 
 
@@ -93,10 +100,21 @@ def test_eq3_pairing_rule(n):
     def mean_gradient(risk):
         def one(picks):
             win_rate = wind.win_rates(rewards[picks][None], risk).double()
-            return gradient(solution, lambda q: loss(q[picks][None], ref[picks][None],
-                                                     previous[picks][None], win_rate, beta=beta,
-                                                     eta=eta, risk="square"))
+            return gradient(
+                solution,
+                lambda q: loss(
+                    q[picks][None],
+                    ref[picks][None],
+                    previous[picks][None],
+                    win_rate,
+                    beta=beta,
+                    eta=eta,
+                    risk="square",
+                ),
+            )
+
         return expectation(previous, n, one)
+
     assert mean_gradient("square").abs().max() < 1e-7  # win rates are float32
     assert mean_gradient("kl").norm() > 1e-3
 
@@ -115,6 +133,7 @@ def test_eq4_eq5_are_least_where_s_is_the_win_rate(risk):
         out = loss(psi, none, none, win_rate, beta=1.0, eta=1e12, risk=risk)
         (slope,) = torch.autograd.grad(out.sum(), psi)
         return torch.zeros(4, dtype=torch.float64).index_add(0, picks, slope[0])
+
     for constant in (0.0, -0.3):
         assert slopes(g + constant).abs().max() < 3e-3
         off = slopes(g * 0.5 + constant)
@@ -154,13 +173,16 @@ def test_invariances():
         got = loss(*(x[:, order] for x in (logprobs, ref, previous, win_rate)), risk=risk)
         torch.testing.assert_close(got, expected)
     shifted = loss(logprobs + table(8, 3, 1), ref, previous, wind.win_rates(rewards, "square"))
-    torch.testing.assert_close(shifted, loss(logprobs, ref, previous,
-                                             wind.win_rates(rewards, "square")))
+    torch.testing.assert_close(
+        shifted, loss(logprobs, ref, previous, wind.win_rates(rewards, "square"))
+    )
 
 
 # ── the game ──
-@pytest.mark.parametrize("beta, win, kl", [(0.1, 0.9000, 2.6974), (0.25, 0.7687, 0.5952),
-                                           (0.5, 0.6565, 0.1614), (1.0, 0.5820, 0.0413)])
+@pytest.mark.parametrize(
+    "beta, win, kl",
+    [(0.1, 0.9000, 2.6974), (0.25, 0.7687, 0.5952), (0.5, 0.6565, 0.1614), (1.0, 0.5820, 0.0413)],
+)
 def test_closed_forms_without_ties(beta, win, kl):
     """Win rate 1/(1−e^{−1/β}) − β and KL log(β(1−e^{−1/β})) + 1/(2β) of the equilibrium against
     π_ref; `square` has no gradient there."""
@@ -168,10 +190,12 @@ def test_closed_forms_without_ties(beta, win, kl):
 
     def preference_of(policy):
         return policy.exp().cumsum(0) - policy.exp() / 2  # g without a matrix
+
     policy, eta = ref, 4 * beta
     for _ in range(400):
-        policy = ((policy + beta * eta * ref + eta * preference_of(policy)) / (1 + beta * eta)
-                  ).log_softmax(0)
+        policy = (
+            (policy + beta * eta * ref + eta * preference_of(policy)) / (1 + beta * eta)
+        ).log_softmax(0)
     g = preference_of(policy)
     assert (policy.exp() * preference_of(ref)).sum().item() == pytest.approx(win, abs=2e-4)
     assert (policy.exp() * (policy - ref)).sum().item() == pytest.approx(kl, abs=3e-3)
@@ -229,8 +253,14 @@ def test_eq4_eq5_pull_back_from_both_sides(risk, win_rate):
     for s in (-30.0, -3.0, -0.6, 1.6, 4.0, 30.0):
         psi = torch.zeros(1, 10, dtype=torch.float64)
         psi[0, 0] = s - 0.5  # the others' mean is 0
-        out = loss(psi.requires_grad_(), *[torch.zeros(1, 10).double()] * 2,
-                   torch.full((1, 10), win_rate).double(), beta=1.0, eta=1e12, risk=risk)
+        out = loss(
+            psi.requires_grad_(),
+            *[torch.zeros(1, 10).double()] * 2,
+            torch.full((1, 10), win_rate).double(),
+            beta=1.0,
+            eta=1e12,
+            risk=risk,
+        )
         slope = torch.autograd.grad(out.sum(), psi)[0][0, 0].item()
         assert math.isfinite(slope) and (slope > 0) == (s > 1)
 

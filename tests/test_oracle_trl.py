@@ -11,8 +11,12 @@ import common
 import dpo
 
 trl = pytest.importorskip("trl", reason="TRL comes with requirements-dev.txt")
-ROWS = [("a good film", " loved", " hated it"), ("the plot", " was very good", " bad"),
-        ("so", " i loved the film", " it"), ("the actor was", " good and good", " very bad and it")]
+ROWS = [
+    ("a good film", " loved", " hated it"),
+    ("the plot", " was very good", " bad"),
+    ("so", " i loved the film", " it"),
+    ("the actor was", " good and good", " very bad and it"),
+]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -29,11 +33,24 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, architecture, name):
 
     prompts, chosen, rejected = zip(*ROWS)
     data = datasets.Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
-    config = trl.DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=len(ROWS), beta=beta,
-                           loss_type=[name], report_to=[], use_cpu=True, bf16=False,
-                           gradient_checkpointing=False, disable_dropout=True)
-    trainer = trl.DPOTrainer(copy.deepcopy(policy.module), ref_model=copy.deepcopy(ref.module), args=config,
-                             train_dataset=data, processing_class=tokenizer)
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=len(ROWS),
+        beta=beta,
+        loss_type=[name],
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_dropout=True,
+    )
+    trainer = trl.DPOTrainer(
+        copy.deepcopy(policy.module),
+        ref_model=copy.deepcopy(ref.module),
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
@@ -42,8 +59,12 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, architecture, name):
     ours = common.encode_responses(tokenizer, policy, items, list(zip(chosen, rejected)), None)
     ref_logprobs = common.logprobs(ref, ours, 1.0)
     logprobs, _ = common.logprobs_and_entropy(policy, ours, 1.0)
-    loss = dpo.dpo_loss(logprobs, ref_logprobs, torch.zeros(len(ROWS), dtype=torch.bool),
-                        dpo.Args(loss=name, beta=beta)).mean()
+    loss = dpo.dpo_loss(
+        logprobs,
+        ref_logprobs,
+        torch.zeros(len(ROWS), dtype=torch.bool),
+        dpo.Args(loss=name, beta=beta),
+    ).mean()
     loss.backward()
     assert abs(loss.item() - theirs.item()) < 1e-5
     expected = dict(trainer.model.named_parameters())

@@ -23,9 +23,13 @@ import wind
 from analyze import performance
 
 SCRIPTS = {"brain": brain, "gdc": gdc, "dpo": dpo, "wind": wind, "bond": bond}
-PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [
-    [[2, 3, 4, 5, 1], [6, 1], [7, 8, 9, 1], [3, 2, 2, 2, 2, 1]],
-    [[4, 1], [5, 6, 7, 1], [8, 9, 10, 11, 12, 13, 1], [2, 2, 1]]]
+PROMPTS, RESPONSES = (
+    [[5, 6, 7, 8], [9, 10]],
+    [
+        [[2, 3, 4, 5, 1], [6, 1], [7, 8, 9, 1], [3, 2, 2, 2, 2, 1]],
+        [[4, 1], [5, 6, 7, 1], [8, 9, 10, 11, 12, 13, 1], [2, 2, 1]],
+    ],
+)
 
 
 def ragged() -> common.Batch:
@@ -46,8 +50,13 @@ def test_rows_of_every_width_give_the_numbers_of_plain_rows(architecture, monkey
     prompts = make_prompts(*PROMPTS)
     monkeypatch.setattr(loading, "LARGE", 1)
     found = []
-    for shared, width, turned in ((False, 1, False), (True, 1, False), (True, 2, False),
-                                  (True, 4, False), (True, 4, True)):
+    for shared, width, turned in (
+        (False, 1, False),
+        (True, 1, False),
+        (True, 2, False),
+        (True, 4, False),
+        (True, 4, True),
+    ):
         model.shared_rows = judge.shared_rows = shared
         if turned:
             loading.turn_products(model.module)
@@ -62,8 +71,9 @@ def test_rows_of_every_width_give_the_numbers_of_plain_rows(architecture, monkey
             rewards = common._rewards(judge, ragged())
         tokens = torch.tensor([t for group in drawn.responses for r in group for t in r])
         found.append((logprobs, entropy, gradient, tokens, drawn.sampled_logprobs, rewards))
-    for name, *values in zip(("log-probs", "entropy", "gradient", "tokens", "drawn", "rewards"),
-                             *found):
+    for name, *values in zip(
+        ("log-probs", "entropy", "gradient", "tokens", "drawn", "rewards"), *found
+    ):
         for value in values[1:]:
             torch.testing.assert_close(value, values[0], atol=2e-5, rtol=2e-4, msg=name)
 
@@ -72,14 +82,18 @@ def test_no_slot_of_a_row_is_padding_but_at_the_end_of_the_shorter_rows(monkeypa
     """Rows are as long as prompt and responses of the fullest row."""
     model, seen = make_model("llama"), []
     inner = model.module.base_model.forward
-    monkeypatch.setattr(model.module.base_model, "forward", lambda **inputs: (
-        seen.append(inputs["input_ids"]), inner(**inputs))[1])
+    monkeypatch.setattr(
+        model.module.base_model,
+        "forward",
+        lambda **inputs: (seen.append(inputs["input_ids"]), inner(**inputs))[1],
+    )
     set_width(monkeypatch, 4)
     common.logprobs(model, ragged(), 1.0)
     fed = [sum(len(response) for response in group) for group in RESPONSES]
     assert seen[0].shape == (2, 4 + max(fed))
     assert seen[0][0].tolist() == PROMPTS[0] + [
-        token for response in RESPONSES[0] for token in response]
+        token for response in RESPONSES[0] for token in response
+    ]
 
 
 def test_a_part_of_a_batch_leaves_out_padding_that_none_of_it_needs():
@@ -146,16 +160,20 @@ def test_cpu_products_of_few_rows_are_turned(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "LARGE", 32 * 24)  # the head and the feed-forward layers
     for mkl in (True, False):
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda mkl=mkl: mkl)
-        module = loading._load_module("--policy", str(tmp_path), AutoModelForCausalLM, torch.float32,
-                                      torch.device("cpu"))
+        module = loading._load_module(
+            "--policy", str(tmp_path), AutoModelForCausalLM, torch.float32, torch.device("cpu")
+        )
         kinds = (torch.nn.Linear, loading.TurnedLinear)
         for layer in (x for x in module.modules() if isinstance(x, kinds)):
             large = layer.weight.numel() >= 32 * 24
             assert isinstance(layer, loading.TurnedLinear) == (mkl and large)
         layer, taken[:] = module.get_output_embeddings(), []
         with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.functional, "linear",
-                          lambda x, *more: taken.append(len(x)) or plain(x, *more))
+            patch.setattr(
+                torch.nn.functional,
+                "linear",
+                lambda x, *more: taken.append(len(x)) or plain(x, *more),
+            )
             for rows in (loading.FEW_ROWS, loading.FEW_ROWS + 1):
                 layer(torch.zeros(rows, 32))
         assert taken == [loading.FEW_ROWS] * (not mkl) + [loading.FEW_ROWS + 1]
@@ -168,8 +186,11 @@ def test_rows_that_have_ended_leave_and_change_nothing(monkeypatch):
     model.end_tokens = [1, 2, 3]  # responses of many lengths
     prompts = make_prompts(*([token, token + 1] for token in range(2, 14)))
     inner = model.module.base_model.forward
-    monkeypatch.setattr(model.module.base_model, "forward", lambda **inputs: (
-        fed.append(inputs["input_ids"].shape), inner(**inputs))[1])
+    monkeypatch.setattr(
+        model.module.base_model,
+        "forward",
+        lambda **inputs: (fed.append(inputs["input_ids"].shape), inner(**inputs))[1],
+    )
     set_width(monkeypatch, 2)
     batch = common.sample(model, prompts, 2, 30, 1.0, seed=5)
     longest = batch.lengths().amax(1)
@@ -189,7 +210,9 @@ def test_a_draw_is_the_first_token_whose_cumulative_probability_passes_u(monkeyp
     """Tokens of probability 0 are never drawn, even if u is 0 or as near to 1 as numbers go."""
     model = make_model("llama", vocab_size=6)
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, 0.0, -torch.inf])
-    monkeypatch.setattr(common, "_logits", lambda model, states: logits.expand(*states.shape[:2], 6))
+    monkeypatch.setattr(
+        common, "_logits", lambda model, states: logits.expand(*states.shape[:2], 6)
+    )
     law = logits.softmax(0).double()
     for u in (0.0, 0.1, 0.2, 0.25, 0.5, 0.7, 0.8, 1 - 2**-53):
         monkeypatch.setattr(torch, "rand", lambda shape, u=u, **_: torch.full(shape, u).double())
@@ -218,14 +241,24 @@ def test_phase_times_and_tokens_a_second_are_those_of_the_wall_clock(script, tmp
                 time.sleep(slow[name])
                 calls[name] += 1
             return inner(*args, **kwargs)
+
         monkeypatch.setattr(common, name, outer)
 
     module = SCRIPTS[script]
     world = make_world(tmp_path)
-    args = module.Args(policy=world.policy, reward_model=world.reward_model, dataset=world.dataset,
-                       prompts_per_step=2, samples_per_prompt=4, max_prompt_tokens=8,
-                       max_response_tokens=6, steps=1, eval_every=9, eval_prompts=2,
-                       run_dir=str(tmp_path / "run"))
+    args = module.Args(
+        policy=world.policy,
+        reward_model=world.reward_model,
+        dataset=world.dataset,
+        prompts_per_step=2,
+        samples_per_prompt=4,
+        max_prompt_tokens=8,
+        max_response_tokens=6,
+        steps=1,
+        eval_every=9,
+        eval_prompts=2,
+        run_dir=str(tmp_path / "run"),
+    )
     if script == "gdc":
         args.check_every = 9
     monkeypatch.setattr(common, "_choose_rows", lambda *_: None)
@@ -235,17 +268,24 @@ def test_phase_times_and_tokens_a_second_are_those_of_the_wall_clock(script, tmp
     for name in slow:
         slowed(name)
     begin = []
-    monkeypatch.setattr(common, "pick", lambda *args, pick=common.pick: (
-        pick(*args), begin.append(time.perf_counter()))[0])
+    monkeypatch.setattr(
+        common,
+        "pick",
+        lambda *args, pick=common.pick: (pick(*args), begin.append(time.perf_counter()))[0],
+    )
     ended = common.Batch.ended
-    monkeypatch.setattr(common.Batch, "ended", lambda batch, ends: (
-        tokens.append(int(batch.lengths().sum())), ended(batch, ends))[1])
+    monkeypatch.setattr(
+        common.Batch,
+        "ended",
+        lambda batch, ends: (tokens.append(int(batch.lengths().sum())), ended(batch, ends))[1],
+    )
     original = common.Run.log
 
     def log(run, step, metrics, samples=()):
         if step:
             begin.append(time.perf_counter())
         original(run, step, metrics, samples)
+
     monkeypatch.setattr(common.Run, "log", log)
     module.main(args)
     line = json.loads(Path(args.run_dir, "metrics.jsonl").read_text().splitlines()[-1])

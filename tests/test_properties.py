@@ -20,8 +20,13 @@ import gdc
 import wind
 
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, max_examples=25, database=None,
-    suppress_health_check=list(hypothesis.HealthCheck))
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 hypothesis.settings.load_profile("repeatable")
 MODELS = {name: make_model(name) for name in ("gpt2", "llama", "gemma2")}
 CPU = torch.device("cpu")
@@ -47,15 +52,18 @@ def numbers(*shape: int, spread: float = 5.0):
     size = math.prod(shape)
     value = st.floats(-spread, spread, width=32) | st.sampled_from([0.0, 1.0, -1.0])
     return st.lists(value, min_size=size, max_size=size).map(
-        lambda x: torch.tensor(x).reshape(shape))
+        lambda x: torch.tensor(x).reshape(shape)
+    )
 
 
 tables = st.tuples(st.integers(1, 4), st.integers(2, 6))
 
 
 # ── batches ──
-@given(st.lists(st.lists(tokens, max_size=6), min_size=1, max_size=5).filter(any),
-       st.sampled_from(["left", "right"]))
+@given(
+    st.lists(st.lists(tokens, max_size=6), min_size=1, max_size=5).filter(any),
+    st.sampled_from(["left", "right"]),
+)
 def test_padding_keeps_every_token_at_its_side(ids, side):
     padded = common._pad(ids, -7, CPU, side)
     longest = max(map(len, ids))
@@ -87,7 +95,8 @@ def test_rows_hold_each_prompt_and_response_where_they_say(drawn, shared):
         slots = own.nonzero()[:, 0].tolist()
         assert slots[-1] == end
         assert list(before[at : at + len(response)]) == [
-            (row, slot) for slot in [len(prompt) - 1, *slots[:-1]]]
+            (row, slot) for slot in [len(prompt) - 1, *slots[:-1]]
+        ]
         at += len(response)
     assert at == len(before)
 
@@ -119,10 +128,12 @@ def test_chosen_responses_are_those_of_the_indices(drawn, data):
 
 
 # ── log-probs ──
-@given(ragged(), st.sampled_from(list(MODELS)), st.booleans(), st.floats(0.5, 2),
-       st.integers(0, 2**32))
+@given(
+    ragged(), st.sampled_from(list(MODELS)), st.booleans(), st.floats(0.5, 2), st.integers(0, 2**32)
+)
 def test_a_response_has_its_own_log_prob_whatever_stands_around_it(
-        drawn, name, shared, temperature, seed):
+    drawn, name, shared, temperature, seed
+):
     """In any batch, on shared or plain rows, whatever fills the padding: as alone."""
     model, batch = MODELS[name], batch_of(*drawn)
     noise, pad = random.Random(seed), common._pad
@@ -137,10 +148,12 @@ def test_a_response_has_its_own_log_prob_whatever_stands_around_it(
         model.shared_rows = False
         for i, (prompt, group) in enumerate(zip(*drawn)):
             for j, response in enumerate(group):
-                alone = common.logprobs_and_entropy(model, batch_of([prompt], [[response]]),
-                                                    temperature)
-                torch.testing.assert_close(together[:, i, j], torch.cat(alone).detach()[:, 0], atol=2e-4,
-                                           rtol=1e-4)
+                alone = common.logprobs_and_entropy(
+                    model, batch_of([prompt], [[response]]), temperature
+                )
+                torch.testing.assert_close(
+                    together[:, i, j], torch.cat(alone).detach()[:, 0], atol=2e-4, rtol=1e-4
+                )
     assert (together[0] <= 1e-5).all() and together.dtype == torch.float32
     assert (together[1] <= batch.lengths() * math.log(24) + 1e-3).all()
 
@@ -155,11 +168,18 @@ def test_micro_batches_change_no_log_prob(drawn, size, dtype):
 
 
 # ── sampling ──
-@given(st.lists(rows, min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 6),
-       st.sampled_from(list(MODELS)), st.floats(0.3, 3), st.lists(tokens, max_size=2, unique=True),
-       st.integers(0, 2**63 - 1))
+@given(
+    st.lists(rows, min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from(list(MODELS)),
+    st.floats(0.3, 3),
+    st.lists(tokens, max_size=2, unique=True),
+    st.integers(0, 2**63 - 1),
+)
 def test_samples_end_at_their_first_end_token_and_nowhere_else(
-        prompts, n, longest, name, temperature, ends, seed):
+    prompts, n, longest, name, temperature, ends, seed
+):
     model = MODELS[name]
     model.end_tokens = [1, *ends]
     prompts = [common.Prompt("", ids) for ids in prompts]
@@ -179,8 +199,12 @@ def test_samples_end_at_their_first_end_token_and_nowhere_else(
 
 
 # ── weights, quantiles, win rates ──
-@given(tables.flatmap(lambda x: st.tuples(numbers(*x), numbers(*x), numbers(*x))),
-       st.floats(0.05, 5), st.floats(-100, 100), st.randoms(use_true_random=False))
+@given(
+    tables.flatmap(lambda x: st.tuples(numbers(*x), numbers(*x), numbers(*x))),
+    st.floats(0.05, 5),
+    st.floats(-100, 100),
+    st.randoms(use_true_random=False),
+)
 def test_weights_of_the_posterior(drawn, beta, constant, draws):
     """They sum to 1, do not see a constant of the prompt, follow their samples, and have an
     effective number of samples from 1 to N."""
@@ -190,24 +214,28 @@ def test_weights_of_the_posterior(drawn, beta, constant, draws):
     moved = brain.posterior_weights(ref, rewards + constant, proposal, beta)
     torch.testing.assert_close(moved, alpha, atol=2e-3, rtol=2e-2)
     order = draws.sample(range(ref.shape[1]), ref.shape[1])
-    assert torch.allclose(brain.posterior_weights(ref[:, order], rewards[:, order],
-                                                  proposal[:, order], beta), alpha[:, order])
+    assert torch.allclose(
+        brain.posterior_weights(ref[:, order], rewards[:, order], proposal[:, order], beta),
+        alpha[:, order],
+    )
     size = 1 / alpha.square().sum(1)
     assert (size >= 1 - 1e-4).all() and (size <= ref.shape[1] + 1e-3).all()
     loss = brain.brain_loss(ref, proposal, alpha)
     assert (loss >= -1e-4).all() and loss.isfinite().all()
 
 
-@given(tables.flatmap(lambda x: st.tuples(numbers(*x), numbers(*x), numbers(*x))),
-       st.floats(0.05, 5))
+@given(
+    tables.flatmap(lambda x: st.tuples(numbers(*x), numbers(*x), numbers(*x))), st.floats(0.05, 5)
+)
 def test_weights_of_a_prompt_have_mean_1(drawn, beta):
     ref, rewards, proposal = drawn
     log_w = gdc.log_weights(ref, rewards, proposal, beta)
     log_z = gdc.log_mean_weight(log_w)
     exact = (log_w.double().exp().mean(1, keepdim=True)).log()
     torch.testing.assert_close(log_z.double(), exact, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close((log_w - log_z).exp().mean(1), torch.ones(len(ref)), atol=1e-3,
-                               rtol=1e-3)
+    torch.testing.assert_close(
+        (log_w - log_z).exp().mean(1), torch.ones(len(ref)), atol=1e-3, rtol=1e-3
+    )
 
 
 @given(tables, st.integers(1, 5), st.data())
@@ -229,7 +257,7 @@ def test_win_rates_by_counting(rewards, risk):
     ours, n = wind.win_rates(rewards, risk), rewards.shape[1]
     for i, group in enumerate(rewards.tolist()):
         for j, mine in enumerate(group):
-            others = group if risk == "square" else group[:j] + group[j + 1:]
+            others = group if risk == "square" else group[:j] + group[j + 1 :]
             points = sum((mine > x) + 0.5 * (mine == x) for x in others)
             assert ours[i, j].item() == pytest.approx(points / len(others), abs=1e-6)
     torch.testing.assert_close(ours.sum(1), torch.full((len(ours),), n / 2))
@@ -261,28 +289,43 @@ def test_kl_estimates_by_counting(drawn):
 # ── evaluation ──
 WORDS = word_tokenizer()
 POLICY, REF = (make_model("llama", len(WORDS), seed=seed) for seed in (0, 1))
-JUDGE = common.RewardModel(make_model("gpt2", len(WORDS), labels=1, seed=2), WORDS, WORDS, [1], True,
-                           True)
+JUDGE = common.RewardModel(
+    make_model("gpt2", len(WORDS), labels=1, seed=2), WORDS, WORDS, [1], True, True
+)
 
 
-@given(st.lists(st.tuples(rows, st.floats(-1, 1, width=32)), min_size=1, max_size=7),
-       st.integers(1, 3), st.integers(1, 5), st.integers(0, 3), st.booleans())
+@given(
+    st.lists(st.tuples(rows, st.floats(-1, 1, width=32)), min_size=1, max_size=7),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(0, 3),
+    st.booleans(),
+)
 @hypothesis.settings(max_examples=12)
 def test_an_evaluation_is_the_mean_of_its_samples(prompts, per_step, longest, micro, references):
     """Whatever the number of prompts and the size of a pass: a ragged end counts as all others."""
-    held_out = [common.Prompt(str(i), [t % len(WORDS) for t in ids], "good",
-                              reference_reward=score if references else None)
-                for i, (ids, score) in enumerate(prompts)]
+    held_out = [
+        common.Prompt(
+            str(i),
+            [t % len(WORDS) for t in ids],
+            "good",
+            reference_reward=score if references else None,
+        )
+        for i, (ids, score) in enumerate(prompts)
+    ]
     args = brain.Args(prompts_per_step=per_step, max_response_tokens=longest, micro_batch=micro)
     run = SimpleNamespace(args=args, rank=0, world=1, device=CPU, average=lambda x: x)
     metrics, samples = common.evaluate(run, 3, POLICY, REF, JUDGE, held_out)
     assert [x["prompt"] for x in samples] == [p.text for p in held_out]
     assert metrics["eval/reward"] == pytest.approx(
-        sum(x["reward"] for x in samples) / len(samples), abs=1e-5)
+        sum(x["reward"] for x in samples) / len(samples), abs=1e-5
+    )
     assert ("eval/win_rate" in metrics) == references
     if references:
-        wins = sum((x["reward"] > x["reference_reward"]) + 0.5 * (
-            x["reward"] == x["reference_reward"]) for x in samples)
+        wins = sum(
+            (x["reward"] > x["reference_reward"]) + 0.5 * (x["reward"] == x["reference_reward"])
+            for x in samples
+        )
         assert metrics["eval/win_rate"] == pytest.approx(wins / len(samples), abs=1e-9)
     assert 1 <= metrics["eval/length"] <= longest and 0 <= metrics["eval/eos_rate"] <= 1
     same, _ = common.evaluate(run, 9, POLICY, REF, JUDGE, [replace(p) for p in held_out])
