@@ -5,10 +5,9 @@
 A step is reference log-probs, loss, backward pass, clipping and AdamW on 4 pairs with a shared
 prompt, float32, on batches that are already tokens. The two sides take turns; the ratio of a turn
 is TRL's time over ours. Peak memory is that of a fresh process for each side, without imports.
-Adds a line a shape to benchmarks/results/dpo_step.jsonl.
+Adds a line per shape to benchmarks/results/dpo_step.jsonl.
 """
 
-import copy
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,8 @@ import tyro
 import common
 import dpo
 from benchmarks import side_by_side
-from benchmarks.side_by_side import VOCABULARY, make_model, make_ours, make_tokenizer
+from benchmarks.side_by_side import VOCABULARY, make_module, make_policy, make_tokenizer
+from benchmarks.where import add
 
 PAIRS, BETA = 4, 0.1
 
@@ -28,7 +28,8 @@ PAIRS, BETA = 4, 0.1
 @dataclass
 class Args:
     shapes: list[tuple[int, int]] = field(
-        default_factory=lambda: [(256, 48), (512, 53), (128, 128), (64, 512)])
+        default_factory=lambda: [(256, 48), (512, 53), (128, 128), (64, 512)]
+    )
     """(prompt, response) lengths in tokens"""
     repeats: int = 7
     """turns of each side, after one that does not count"""
@@ -40,18 +41,18 @@ def make_rows(prompt: int, response: int) -> tuple[list[list[int]], list[list[li
     """Token lists of prompts [4] and of chosen and rejected responses [4][2]."""
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(2, VOCABULARY, (PAIRS, prompt + 2 * response), generator=draw).tolist()
-    return ([row[:prompt] for row in ids],
-            [[row[prompt : prompt + response], row[prompt + response :]] for row in ids])
+    prompts = [row[:prompt] for row in ids]
+    pairs = [[row[prompt : prompt + response], row[prompt + response :]] for row in ids]
+    return prompts, pairs
 
 
 def our_step(prompt: int, response: int):
     """A function that takes one step of dpo.py's and returns its loss."""
-    policy = make_ours()
-    ref, args = copy.deepcopy(policy).requires_grad_(False), dpo.Args(beta=BETA)
+    policy = make_policy()
+    ref, args = common.frozen_copy(policy), dpo.Args(beta=BETA)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
     prompts, responses = make_rows(prompt, response)
-    items = [common.Prompt("", ids) for ids in prompts]
-    batch = common.make_batch(items, prompts, responses, policy.device)
+    batch = common.Batch([common.Prompt("", ids) for ids in prompts], responses)
     tied = torch.zeros(PAIRS, dtype=torch.bool)
 
     def step() -> float:
@@ -63,6 +64,7 @@ def our_step(prompt: int, response: int):
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
+
     return step
 
 
@@ -71,15 +73,29 @@ def trl_step(prompt: int, response: int):
     import trl
 
     prompts, responses = make_rows(prompt, response)
-    rows = {"prompt_ids": prompts, "chosen_ids": [pair[0] for pair in responses],
-            "rejected_ids": [pair[1] for pair in responses]}
+    rows = {
+        "prompt_ids": prompts,
+        "chosen_ids": [pair[0] for pair in responses],
+        "rejected_ids": [pair[1] for pair in responses],
+    }
     dummy = {"prompt": ["2"] * PAIRS, "chosen": ["3"] * PAIRS, "rejected": ["4"] * PAIRS}
-    config = trl.DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=PAIRS,
-                           beta=BETA, report_to=[], use_cpu=True, bf16=False, max_length=None,
-                           gradient_checkpointing=False)
-    trainer = trl.DPOTrainer(make_model(), ref_model=make_model(), args=config,
-                             train_dataset=datasets.Dataset.from_dict(dummy),
-                             processing_class=make_tokenizer())
+    config = trl.DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=PAIRS,
+        beta=BETA,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        gradient_checkpointing=False,
+    )
+    trainer = trl.DPOTrainer(
+        make_module(),
+        ref_model=make_module(),
+        args=config,
+        train_dataset=datasets.Dataset.from_dict(dummy),
+        processing_class=make_tokenizer(),
+    )
     batch = trainer.data_collator([dict(zip(rows, values)) for values in zip(*rows.values())])
     optimizer = torch.optim.AdamW(trainer.model.parameters(), 1e-6, fused=True)
 
@@ -90,6 +106,7 @@ def trl_step(prompt: int, response: int):
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
+
     return step
 
 
@@ -106,10 +123,11 @@ def main(args: Args) -> None:
         ours, theirs = (step() for step in sides.values())  # from equal weights
         assert abs(ours - theirs) < 1e-4, f"other losses: {ours} and {theirs}"
         times = side_by_side.take_turns(sides, args.repeats)
-        memory = {name: side_by_side.memory_of("benchmarks.dpo_step", name, shape)
-                  for name in sides}
-        side_by_side.add("dpo_step", {"prompt": shape[0], "response": shape[1], "pairs": PAIRS}
-                         | side_by_side.summary(times, memory))
+        memory = {
+            name: side_by_side.memory_of("benchmarks.dpo_step", name, shape) for name in sides
+        }
+        line = {"prompt": shape[0], "response": shape[1], "pairs": PAIRS}
+        add("dpo_step", line | side_by_side.summary(times, memory, "trl"))
 
 
 if __name__ == "__main__":

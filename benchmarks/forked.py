@@ -1,7 +1,8 @@
-"""The scripts' own main(), each run in a process forked from one that has imported torch.
+"""The scripts' own main(), each run in a process forked from one that has imported the libraries.
 
-Real files, real signals and real exit codes, without the seconds an import takes. Import it before
-anything computes: a fork does not take threads along.
+`faults.py` and `long_run.py` start their runs with it: real files, real signals and real exit
+codes, without the seconds an import takes. Import it before anything computes: a fork does not take
+threads along.
 """
 
 import os
@@ -14,18 +15,25 @@ import traceback
 from pathlib import Path
 
 _caches = tempfile.mkdtemp(prefix="caches-")
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-               "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": _caches}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_DATASETS_CACHE": _caches,
+}
 
+import datasets  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
-import torch  # noqa: E402
+import torch.distributed.checkpoint.state_dict  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 import bond  # noqa: E402
 import brain  # noqa: E402
+import common  # noqa: E402
 import dpo  # noqa: E402
 import gdc  # noqa: E402
-import runlog  # noqa: E402
 import wind  # noqa: E402
 
 SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond)}
@@ -41,8 +49,9 @@ def words(flags: dict[str, object]) -> list[str]:
 class Process:
     """A script in a process of its own; `prepare` is called in there before main()."""
 
-    def __init__(self, script: str, flags: dict[str, object], prepare=None,
-                 patience: float = PATIENCE):
+    def __init__(
+        self, script: str, flags: dict[str, object], prepare=None, patience: float = PATIENCE
+    ):
         self.said, self.errors = (tempfile.TemporaryFile("w+") for _ in range(2))
         self.began, self.patience = time.perf_counter(), patience
         sys.stdout.flush()
@@ -58,7 +67,7 @@ class Process:
         try:
             if prepare:
                 prepare()
-            script.main(runlog.parse_args(script.Args))
+            script.main(common.parse_args(script.Args))
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
@@ -114,8 +123,11 @@ def forget_caches() -> None:
 
 def command_line(module: str) -> str:
     """How this process was started, but for where its results go."""
-    kept = [word for before, word in zip(["", *sys.argv[1:]], sys.argv[1:])
-            if "--results" not in (before, word)]
+    kept = [
+        word
+        for before, word in zip(["", *sys.argv[1:]], sys.argv[1:])
+        if "--results" not in (before, word)
+    ]
     return " ".join(["python -m", module, *kept])
 
 

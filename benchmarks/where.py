@@ -1,5 +1,6 @@
-"""Where a benchmark ran: what stands beside every number."""
+"""Where a benchmark ran, and the file that its numbers go to."""
 
+import json
 import os
 import platform
 import subprocess
@@ -9,10 +10,24 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def about() -> dict[str, str | int]:
-    """Machine, versions and commit."""
+    """Machine, versions and commit: what stands beside every number."""
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "commit": git.stdout.strip()}
+    return {
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": git.stdout.strip(),
+    }
+
+
+def add(name: str, line: dict) -> None:
+    """Prints a line of results and adds it, and where it came from, to results/<name>.jsonl."""
+    text = json.dumps(line | about())
+    print(text, flush=True)
+    with open(RESULTS / f"{name}.jsonl", "a") as file:
+        file.write(text + "\n")

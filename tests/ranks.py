@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import transformers  # noqa: E402
 from models import make_world  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -29,8 +30,8 @@ import brain  # noqa: E402
 import common  # noqa: E402
 import dpo  # noqa: E402
 import gdc  # noqa: E402
-import runlog  # noqa: E402
 import wind  # noqa: E402
+from plumbing import models as loading  # noqa: E402
 
 SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond)}
 RUNS = {  # of four steps, by name: (script, folder of the world, flags)
@@ -62,9 +63,19 @@ def args_of(folder: Path, name: str, run: Path, **more):
     """(script, its flags) of the run `name`; five held-out prompts are no even share of two."""
     script, world, own = RUNS[name]
     at, flags = folder / world, {"eval_prompts": 5, "prompts_per_step": 4, "lr": 1e-4} | own | more
-    shared = {"policy": str(at / "sft"), "reward_model": str(at / "rm"), "dataset": str(at / "data"),
-              "steps": 4, "samples_per_prompt": 4, "max_prompt_tokens": 16, "warmup_steps": 2,
-              "max_response_tokens": 6, "eval_every": 2, "save_every": 2, "run_dir": str(run)}
+    shared = {
+        "policy": str(at / "sft"),
+        "reward_model": str(at / "rm"),
+        "dataset": str(at / "data"),
+        "steps": 4,
+        "samples_per_prompt": 4,
+        "max_prompt_tokens": 16,
+        "warmup_steps": 2,
+        "max_response_tokens": 6,
+        "eval_every": 2,
+        "save_every": 2,
+        "run_dir": str(run),
+    }
     return SCRIPTS[script], SCRIPTS[script].Args(**shared | flags)
 
 
@@ -81,6 +92,7 @@ def patched(target, name: str, new):
 
 def from_a_table(seen: list):
     """A `common.sample` whose responses depend on the prompt alone: on no model, seed or rank."""
+
     def sample(model, prompts, n, max_tokens, temperature, seed):
         if n > 1:
             seen.append([prompt.text for prompt in prompts])
@@ -89,11 +101,24 @@ def from_a_table(seen: list):
             generator = torch.Generator().manual_seed(sum(prompt.tokens) * 100 + n)
             draw = torch.randint(4, 19, (n, max_tokens), generator=generator).tolist()
             lengths = torch.randint(1, max_tokens + 1, (n,), generator=generator).tolist()
-            rows.append([[*row[: length - 1], 1] if length < max_tokens else row
-                         for row, length in zip(draw, lengths)])
-        ids = [prompt.tokens for prompt in prompts]
-        return common.make_batch(prompts, ids, rows, torch.device("cpu")), None
+            rows.append(
+                [
+                    [*row[: length - 1], 1] if length < max_tokens else row
+                    for row, length in zip(draw, lengths)
+                ]
+            )
+        return common.Batch(prompts, rows)
+
     return sample
+
+
+def in_float64(*inputs, load_module=loading._load_module):
+    """The model of a checkpoint, computing in float64.
+
+    A loss that holds exp of a sum of log-probs amplifies rounding, by how much depends on the
+    processor's kernels. In float64 what is left of it is far below any tolerance here.
+    """
+    return load_module(*inputs).double()
 
 
 class Collectives(TorchDispatchMode):
@@ -123,45 +148,58 @@ def whole(tensor):
 def train(script, args, before_step=lambda count: None) -> dict:
     """A run on responses from a table: what went into it, each update's gradients, what is sharded."""
     seen, gradients, sharded = [], [], {}
-    clip, opened, table = torch.nn.utils.clip_grad_norm_, runlog.Run.open, from_a_table(seen)
+    clip, opened, table = torch.nn.utils.clip_grad_norm_, common.Run.open, from_a_table(seen)
 
     def record(parameters, norm):
         parameters = list(parameters)
         gradients.append([whole(p.grad) for p in parameters])
         return clip(parameters, norm)
 
-    def open_(self, state):
-        sharded.update({name: all(isinstance(p, DTensor) for p in part.parameters())
-                        for name, part in state.items() if hasattr(part, "parameters")})
-        return opened(self, state)
+    def open_(self, models, optimizer):
+        sharded.update(
+            {
+                name: all(isinstance(p, DTensor) for p in part.parameters())
+                for name, part in models.items()
+                if [*part.parameters()]
+            }
+        )
+        return opened(self, models, optimizer)
 
     def sample(*inputs):
         before_step(len(seen))
         return table(*inputs)
 
-    with (patched(torch.nn.utils, "clip_grad_norm_", record), patched(common, "sample", sample),
-          patched(runlog.Run, "open", open_)):
+    with (
+        patched(torch.nn.utils, "clip_grad_norm_", record),
+        patched(common, "sample", sample),
+        patched(common.Run, "open", open_),
+        patched(common, "_choose_rows", lambda *_: None),
+        patched(loading, "_load_module", in_float64),
+    ):
         result = script.main(args)
     return {"prompts": seen, "gradients": gradients, "result": result, "sharded": sharded}
 
 
 def stop_after(step: int, script, args) -> None:
     """A run that is broken off once the checkpoint of `step` is written."""
-    save = runlog.Run.save
+    save = common.Run.save
 
     def save_and_stop(self, at):
         save(self, at)
         if at == step:
+            if self.rank == 0:
+                self.lock.release()  # as the end of the process would
             raise KeyboardInterrupt
-    with patched(runlog.Run, "save", save_and_stop):
+
+    with patched(common.Run, "save", save_and_stop):
         try:
             train(script, args)
         except KeyboardInterrupt:
-            runlog.LOCKS.clear()  # as the end of the process would
+            pass
 
 
 def resume(script, run: Path) -> None:
-    train(script, runlog.parse_args(script.Args, ["--resume", str(run)]))
+    train(script, common.parse_args(script.Args, ["--resume", str(run)]))
 
 
 # ── the checks: all take the folder of the worlds and the rank ──
@@ -177,22 +215,32 @@ def check_one_held_out_prompt(folder: Path, rank: int):
 
 def load(folder: Path, world: str):
     """A policy, a reward model and a frozen copy, as a script makes them."""
-    args = brain.Args(policy=str(folder / world / "sft"), reward_model=str(folder / world / "rm"),
-                      max_prompt_tokens=16)
-    run = runlog.Run(args, brain.__file__)
+    args = brain.Args(
+        policy=str(folder / world / "sft"),
+        reward_model=str(folder / world / "rm"),
+        max_prompt_tokens=16,
+    )
+    run = common.Run(args, brain.__file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     policy = common.load_policy(run, tokenizer)
     judge = common.load_reward_model(run, policy, tokenizer)
-    return policy, judge.model, run.frozen_copy(policy)
+    ref = common.frozen_copy(policy)
+    return common.shard(policy), judge.model, ref
 
 
 def check_shards(folder: Path, rank: int) -> dict:
     """By architecture and model: (its groups, its blocks, its bytes here, its bytes in all)."""
+
     def describe(model):
         own = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters())
         groups = [x for x in model.modules() if isinstance(x, FSDPModule)]
-        return len(groups), model.config.num_hidden_layers, own, sum(
-            p.numel() * p.element_size() for p in model.parameters())
+        return (
+            len(groups),
+            model.config.num_hidden_layers,
+            own,
+            sum(p.numel() * p.element_size() for p in model.parameters()),
+        )
+
     return {world: [describe(model) for model in load(folder, world)] for world in WORLDS}
 
 
@@ -204,10 +252,17 @@ def check_sampling(folder: Path, rank: int) -> dict:
     log-probs, and the collectives of 3 and of 30 tokens."""
     seen = {}
     for world in WORLDS:
-        policy, _, ref = load(folder, world)
-        plain = policy.whole(copy.deepcopy)
+        copied = []
+
+        def shard(model, copied=copied):
+            copied.append(copy.deepcopy(model))
+            return loading.shard(model)
+
+        with patched(common, "shard", shard):
+            policy, _, ref = load(folder, world)
+        plain = copied[-1]
         optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, fused=True)
-        mine, _ = common.sample(policy, PROMPTS[rank:], 4, 8, 1.0, 7)
+        mine = common.sample(policy, PROMPTS[rank:], 4, 8, 1.0, 7)
         common.logprobs_and_entropy(policy, mine, 1.0)[0].sum().backward()
         optimizer.step()
         with torch.no_grad():
@@ -217,26 +272,32 @@ def check_sampling(folder: Path, rank: int) -> dict:
         for model, name in ((policy, "policy"), (ref, "ref")):
             for tokens in (3, 30):
                 with Collectives() as seen_here:
-                    batch, drawn = common.sample(model, PROMPTS[rank:], 4, tokens, 1.0, 3)
+                    batch = common.sample(model, PROMPTS[rank:], 4, tokens, 1.0, 3)
                 counts[name, tokens] = seen_here.counts
             if name == "policy":
-                theirs, same = common.sample(plain, PROMPTS[rank:], 4, 30, 1.0, 3)
-                tokens = torch.equal(batch.response_tokens, theirs.response_tokens)
-                gap = (common.logprobs(model, batch, 1.0) - common.logprobs(plain, batch, 1.0)).abs()
-                seen[world] = {"tokens": tokens, "drawn": (drawn - same).abs().max().item(),
-                               "logprobs": gap.max().item(), "counts": counts}
-        seen[world]["freed"] = all(isinstance(p, DTensor) for p in policy.parameters()) and all(
-            p.numel() == 0 for p in policy.whole(lambda plain: plain).parameters())
+                theirs = common.sample(plain, PROMPTS[rank:], 4, 30, 1.0, 3)
+                tokens = batch.responses == theirs.responses
+                drawn = (batch.sampled_logprobs - theirs.sampled_logprobs).abs().max().item()
+                gap = (
+                    common.logprobs(model, batch, 1.0) - common.logprobs(plain, batch, 1.0)
+                ).abs()
+                seen[world] = {
+                    "tokens": tokens,
+                    "drawn": drawn,
+                    "logprobs": gap.max().item(),
+                    "counts": counts,
+                }
+        seen[world]["freed"] = all(isinstance(p, DTensor) for p in policy.parameters())
     return seen
 
 
 def check_early_end(folder: Path, rank: int) -> list[int]:
     """Tokens drawn and time of the last: any token ends a response of rank 1, none one of rank 0."""
     policy = load(folder, "llama")[0]
-    policy.whole(lambda plain: setattr(plain, "end_tokens", list(range(24)) if rank else [99]))
-    batch, _ = common.sample(policy, PROMPTS, 4, 60, 1.0, 3)
+    policy.end_tokens = list(range(24)) if rank else [99]
+    batch = common.sample(policy, PROMPTS, 4, 60, 1.0, 3)
     common.logprobs(policy, batch, 1.0)  # a collective after it: the ranks meet again
-    return list(batch.response_tokens.shape)
+    return [*batch.lengths().shape, int(batch.lengths().max())]
 
 
 def check_plain_rows(folder: Path, rank: int) -> list:
@@ -245,7 +306,7 @@ def check_plain_rows(folder: Path, rank: int) -> list:
     for shared in (True, False):
         policy = load(folder, "gpt2")[0]
         policy.shared_rows = shared
-        batch, _ = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
+        batch = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
         logprobs = common.logprobs_and_entropy(policy, batch, 1.0)[0]
         logprobs.sum().backward()
         seen.append([logprobs.detach(), *(whole(p.grad) for p in policy.parameters())])
@@ -253,13 +314,12 @@ def check_plain_rows(folder: Path, rank: int) -> list:
 
 
 def check_many_chunks(folder: Path, rank: int) -> list:
-    """The same with the vocabulary head in one chunk, and in chunks of three tokens."""
+    """The same with the vocabulary head in one chunk, and in chunks that are computed again."""
     seen = []
     for most in (2**25, 0):
         policy = load(folder, "llama")[0]
-        with (patched(common, "MOST_LOGITS", most), patched(common, "CHUNK", most),
-              patched(common, "FEWEST_ROWS", 3)):
-            batch, _ = from_a_table([])(policy, PROMPTS[rank:], 3, 6, 1.0, 0)
+        with patched(common, "MOST_LOGITS", most), patched(common, "CHUNK", most):
+            batch = from_a_table([])(policy, PROMPTS[rank:] * 40, 3, 6, 1.0, 0)
             logprobs = common.logprobs_and_entropy(policy, batch, 1.0)[0]
             logprobs.mean().backward()
         seen.append([logprobs.detach(), *(whole(p.grad) for p in policy.parameters())])
@@ -269,22 +329,33 @@ def check_many_chunks(folder: Path, rank: int) -> list:
 def check_bfloat16(folder: Path, rank: int) -> list:
     """Types of weights, gradients and moments of --dtype bfloat16, and of a reward model whose last
     layer alone is float32, as on a GPU."""
-    args = brain.Args(policy=str(folder / "llama" / "sft"), dtype="bfloat16", max_prompt_tokens=16,
-                      reward_model=str(folder / "llama" / "rm"))
-    run = runlog.Run(args, brain.__file__)
+    args = brain.Args(
+        policy=str(folder / "llama" / "sft"),
+        dtype="bfloat16",
+        max_prompt_tokens=16,
+        reward_model=str(folder / "llama" / "rm"),
+    )
+    run = common.Run(args, brain.__file__)
     policy = common.load_policy(run, common.load_tokenizer("--policy", args.policy))
+    common.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, fused=True)
-    batch, _ = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
+    batch = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
     common.logprobs_and_entropy(policy, batch, 1.0)[0].sum().backward()
     kinds = {str(x.dtype) for p in policy.parameters() for x in (p, p.grad)}
     optimizer.step()
     kinds |= {str(x.dtype) for s in optimizer.state.values() for n, x in s.items() if n != "step"}
-    model = common.load_model(run, "--reward-model", args.reward_model, common.transformers.
-                              AutoModelForSequenceClassification, torch.bfloat16)
-    model.requires_grad_(False).score.float()
-    alone = common._read_scores(model, batch)
+    loaded = loading._load_module(
+        "--reward-model",
+        args.reward_model,
+        transformers.AutoModelForSequenceClassification,
+        torch.bfloat16,
+        run.device,
+    )
+    loaded.requires_grad_(False).score.float()
+    model = loading.Model(loaded)
+    alone = common._rewards(model, batch)
     with torch.no_grad():
-        return kinds, alone, common._read_scores(run.shard(model), batch)
+        return kinds, alone, common.shard(model)(common._rewards, batch)
 
 
 def check_resume(folder: Path, rank: int) -> None:
@@ -301,9 +372,11 @@ def check_resume(folder: Path, rank: int) -> None:
 
 def check_ctrl_c(folder: Path, rank: int):
     """Rank 1 alone hears of it, in step 2; how the process ends."""
+
     def press(count: int) -> None:
         if rank == 1 and count == 1:
             os.kill(os.getpid(), signal.SIGINT)
+
     try:
         train(*args_of(folder, "dpo", folder / "two ctrl-c", pairs="sampled"), before_step=press)
     except SystemExit as stop:
@@ -320,25 +393,38 @@ def check_memory(folder: Path, rank: int) -> dict:
     def gathered(*_):
         passing.append(size(p for p in policy.parameters() if not isinstance(p, DTensor)))
 
-    for block in policy.model.layers:
+    for block in policy.module.model.layers:
         block.mlp.register_forward_hook(gathered)
-    batch, _ = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
+    batch = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
     common.logprobs_and_entropy(policy, batch, 1.0)[0].sum().backward()
     optimizer.step()
+    sampling = []
+    policy.module.model.norm.register_forward_hook(
+        lambda *_: sampling.append(size(policy.parameters()))
+    )
+    common.sample(policy, PROMPTS, 3, 6, 1.0, 0)
     moments = [x for s in optimizer.state.values() for n, x in s.items() if n != "step"]
-    return {"weights": size(policy.parameters()), "moments": size(moments),
-            "gradients": size(p.grad for p in policy.parameters()),
-            "reference": size(ref.parameters()), "passing": max(passing),
-            "gathered copy": policy.whole(lambda plain: size(plain.parameters()))}
+    return {
+        "weights": size(policy.parameters()),
+        "moments": size(moments),
+        "gradients": size(p.grad for p in policy.parameters()),
+        "reference": size(ref.parameters()),
+        "passing": max(passing),
+        "gathered copy": max(sampling),
+    }
 
 
 def check_log(folder: Path, rank: int) -> None:
     """Metrics that differ by rank, and samples of uneven shares."""
     args = brain.Args(run_dir=str(folder / "two log"))
-    run = runlog.Run(args, brain.__file__)
-    run.open({})
-    run.log(0, {"x": 1.0 + rank, "y": torch.tensor(4.0 * rank)},
-            [{"prompt": i} for i in range(rank, 5, 2)])
+    run = common.Run(args, brain.__file__)
+    weight = torch.nn.Linear(1, 1)
+    run.open({"policy": weight}, torch.optim.AdamW(weight.parameters()))
+    run.log(
+        0,
+        {"x": 1.0 + rank, "y": torch.tensor(4.0 * rank)},
+        [{"prompt": i} for i in range(rank, 5, 2)],
+    )
 
 
 def main(folder: Path) -> None:

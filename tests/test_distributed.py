@@ -16,14 +16,14 @@ import pytest
 import ranks
 import torch
 import transformers
-from checkpoints import comparable, read_log
+from checkpoints import comparable, read_log, same
 from models import flags, make_world
 from safetensors.torch import load_file
 
 import brain
 import common
-import runlog
 from analyze import memory
+from plumbing import run as running
 
 ROOT = Path(brain.__file__).parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -36,8 +36,14 @@ def folder(tmp_path_factory):
     ranks.make_worlds(path)
     for name in ("brain", "bond"):
         ranks.stop_after(2, *ranks.args_of(path, name, path / f"one to two {name}"))
-    done = subprocess.run([*LAUNCH, "tests/ranks.py", str(path)], cwd=ROOT, text=True, timeout=600,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [*LAUNCH, "tests/ranks.py", str(path)],
+        cwd=ROOT,
+        text=True,
+        timeout=600,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     (path / "out.txt").write_text(done.stdout)
     return path
@@ -52,8 +58,10 @@ def both(folder):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The same runs in one process, by name."""
-    return {name: ranks.train(*ranks.args_of(folder, name, folder / f"one {name}"))
-            for name in ranks.RUNS}
+    return {
+        name: ranks.train(*ranks.args_of(folder, name, folder / f"one {name}"))
+        for name in ranks.RUNS
+    }
 
 
 def assert_close(ours, theirs, atol=1e-5):
@@ -66,10 +74,13 @@ def assert_logs_agree(run: Path, other: Path, atol: float) -> None:
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=atol, abs=atol), key
-    for ours, theirs in zip(read_log(run / "samples.jsonl"), read_log(other / "samples.jsonl"),
-                            strict=True):
+    for ours, theirs in zip(
+        read_log(run / "samples.jsonl"), read_log(other / "samples.jsonl"), strict=True
+    ):
         assert ours | {"reward": 0, "reference_reward": 0} == theirs | {
-            "reward": 0, "reference_reward": 0}
+            "reward": 0,
+            "reference_reward": 0,
+        }
 
 
 # ── what is computed ──
@@ -97,7 +108,9 @@ def test_prompts_are_disjoint_and_complete(name, both, alone):
         assert ours == [[], []] and theirs == []
         return
     for first, second, whole in zip(*ours, theirs, strict=True):
-        assert len(first) == len(second) and [*zip(first, second)] == [*zip(whole[::2], whole[1::2])]
+        assert len(first) == len(second) and [*zip(first, second)] == [
+            *zip(whole[::2], whole[1::2])
+        ]
 
 
 def test_one_held_out_prompt(both, folder):
@@ -137,7 +150,7 @@ def test_every_block_is_a_shard_of_its_own(world, both):
 def test_proposal_and_anchor_are_sharded_too(both):
     for seen in both:
         runs = {name: run["sharded"] for name, run in seen["check_runs"].items()}
-        assert runs["gdc"] == {"policy": True, "proposal": True, "running": False}
+        assert runs["gdc"] == {"policy": True, "proposal": True}
         assert runs["brain"] == runs["wind"] == {"policy": True, "proposal": True}
         assert runs["bond"] == runs["bond copy"] == {"policy": True, "anchor": True}
 
@@ -146,8 +159,9 @@ def test_bytes_are_those_of_the_formula(both):
     """analyze/memory.py on 2 GPUs; 19 rows of the vocabulary cannot be halved, hence the 1 %."""
     model = memory.Llama(2, 32, 48, 4, 2, 8, 19)
     batch = memory.Batch()
-    expected = memory.kept(model, 2) | memory.sampling(model, batch, 2) | memory.update(
-        model, batch, 2)
+    expected = (
+        memory.kept(model, 2) | memory.sampling(model, batch, 2) | memory.update(model, batch, 2)
+    )
     for seen in both:
         ours = seen["check_memory"]
         for name in ("weights", "moments", "gradients", "reference", "gathered copy"):
@@ -165,7 +179,7 @@ def test_sampling_gathers_once(world, both):
         this = seen["check_sampling"][world]
         for model in ("policy", "ref"):
             short, long = (this["counts"][model, tokens] for tokens in (3, 30))
-            assert short == long and any("all_gather" in name for name in long)
+            assert short == long and any("allgather" in name for name in long)
         assert this["tokens"] and this["freed"]
         assert this["drawn"] < 1e-5 and this["logprobs"] < 1e-4
 
@@ -200,11 +214,11 @@ def test_final_is_a_checkpoint_of_the_whole_policy(name, folder, both, alone):
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
     saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["policy"]
     for key, weight in model.state_dict().items():
-        assert torch.equal(weight, saved[key])
+        assert torch.equal(weight.double(), saved[f"module.{key}"].double())
     theirs = load_file(folder / f"one {name}" / "final" / "model.safetensors")
     ours = load_file(run / "final" / "model.safetensors")
     assert ours.keys() == theirs.keys()
-    architecture, = json.loads((run / "final" / "config.json").read_text())["architectures"]
+    (architecture,) = json.loads((run / "final" / "config.json").read_text())["architectures"]
     assert architecture == type(model).__name__
 
 
@@ -215,10 +229,11 @@ def test_two_processes_resume_bit_equal(name, folder, both):
     run, other = folder / f"two broken {name}", folder / f"two {name} 0"
     assert comparable(run) == comparable(other)
     assert (run / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
-    ours, theirs = (torch.load(x / "checkpoint" / "state.pt", weights_only=True) for x in (run, other))
+    ours, theirs = (
+        torch.load(x / "checkpoint" / "state.pt", weights_only=True) for x in (run, other)
+    )
     assert ours["step"] == 4 and len(ours["optimizer"]["state"]) > 10
-    assert ours.pop("run") == theirs.pop("run")
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert same(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["brain", "bond"])
@@ -227,16 +242,22 @@ def test_two_resume_on_one_and_one_on_two(name, folder, both, alone):
     ranks.resume(ranks.SCRIPTS[ranks.RUNS[name][0]], folder / f"two to one {name}")
     for kind in ("two to one", "one to two"):
         assert_logs_agree(folder / f"{kind} {name}", folder / f"one {name}", 2e-5)
-        ours, theirs = (torch.load(folder / f"{x} {name}" / "checkpoint" / "state.pt",
-                                   weights_only=True) for x in (kind, "one"))
-        for part in set(ours) - {"run", "step"}:
+        ours, theirs = (
+            torch.load(folder / f"{x} {name}" / "checkpoint" / "state.pt", weights_only=True)
+            for x in (kind, "one")
+        )
+        assert ours["optimizer"].pop("param_groups") == theirs["optimizer"].pop("param_groups")
+        assert ours.keys() == theirs.keys() and ours["format"] == theirs["format"]
+        for part in set(ours) - {"run", "step", "format"}:
             torch.testing.assert_close(ours[part], theirs[part], atol=1e-4, rtol=1e-4)
 
 
 def test_ctrl_c_heard_by_one_rank_stops_both_after_the_same_step(folder, both):
     run = folder / "two ctrl-c"
     assert [seen["check_ctrl_c"] for seen in both] == [
-        f"stopped after step 2; continue with: python dpo.py --resume {run}", 1]
+        f"stopped after step 2; continue with: python dpo.py --resume {run}",
+        1,
+    ]
     saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
     assert saved["step"] == read_log(run / "metrics.jsonl")[-1]["step"] == 2
 
@@ -255,8 +276,13 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path):
     """Rank 1 gets a SIGKILL: torchrun says so and ends rank 0 within a minute. The checkpoint then
     goes on in one process."""
     args = make_world(tmp_path, steps=300, save_every=3, eval_every=300)
-    process = subprocess.Popen([*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*LAUNCH, "brain.py", *flags(args)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     log = tmp_path / "run" / "metrics.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < 6:
         assert process.poll() is None, process.communicate()
@@ -281,7 +307,7 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path):
     saved = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
     saved["run"]["steps"] = done + 2
     torch.save(saved, tmp_path / "run" / "checkpoint" / "state.pt")
-    brain.main(runlog.parse_args(brain.Args, ["--resume", str(tmp_path / "run")]))
+    brain.main(common.parse_args(brain.Args, ["--resume", str(tmp_path / "run")]))
     assert [line["step"] for line in read_log(log)] == list(range(done + 3))
 
 
@@ -290,11 +316,11 @@ def test_a_lost_process_is_said_in_one_line(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
     for error in (gone, torch.distributed.DistBackendError("NCCL communicator was aborted")):
-        runlog.say_lost(sys.excepthook, type(error), error, None)
+        running._say_lost(sys.excepthook, type(error), error, None)
         said = capsys.readouterr().err
         assert said.startswith("error: rank 1 lost another process") and said.count("\n") == 1
         assert "--resume" in said
-    runlog.say_lost(sys.__excepthook__, ValueError, ValueError("a mistake"), None)
+    running._say_lost(sys.__excepthook__, ValueError, ValueError("a mistake"), None)
     assert "ValueError: a mistake" in capsys.readouterr().err
 
 
@@ -302,23 +328,25 @@ def test_an_error_of_rank_1_is_said_late(capsys, monkeypatch):
     """If rank 0 has the same one, torchrun ends rank 1 before; if not, it must be heard."""
     waited = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(runlog.time, "sleep", waited.append)
+    monkeypatch.setattr(running.time, "sleep", waited.append)
     with pytest.raises(SystemExit):
-        runlog.require(False, "--flag: a mistake")
+        running.require(False, "--flag: a mistake")
     assert waited == [5] and capsys.readouterr().err == "error: --flag: a mistake\n"
 
 
 def test_the_command_line_ends_clean_and_an_error_is_said_once(tmp_path):
     """A whole run of two processes, then one with a mistake that both processes find."""
     args = make_world(tmp_path, steps=2)
-    done = subprocess.run([*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True, timeout=120,
-                          capture_output=True)
+    done = subprocess.run(
+        [*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True, timeout=120, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert not re.search("(?i)warning|destroy_process_group|Traceback", done.stderr), done.stderr
     assert done.stdout.count("metrics.jsonl, samples.jsonl") == 1
     common.load_tokenizer("--policy", str(tmp_path / "run" / "final"))
-    done = subprocess.run([*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True, timeout=120,
-                          capture_output=True)  # the run folder exists
+    done = subprocess.run(
+        [*LAUNCH, "brain.py", *flags(args)], cwd=ROOT, text=True, timeout=120, capture_output=True
+    )  # the run folder exists
     assert done.returncode == 1 and done.stderr.count("error: --run-dir") == 1, done.stderr
 
 
@@ -326,7 +354,7 @@ def test_a_slow_rank_does_not_take_the_folder_of_rank_0_for_another_run(tmp_path
     args = brain.Args(run_dir=str(tmp_path))  # made by rank 0 while this one was still loading
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setenv("RANK", "1")
-    assert runlog.Run(args, brain.__file__).folder == tmp_path
+    assert common.Run(args, brain.__file__).folder == tmp_path
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit):
-        runlog.Run(args, brain.__file__)
+        common.Run(args, brain.__file__)

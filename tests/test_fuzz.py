@@ -1,7 +1,6 @@
-"""Reading data that nobody should have written: prompts, or one line that names file and line."""
+"""Reading data that nobody should have written: prompts, or one line that names --dataset."""
 
 import json
-import re
 
 import hypothesis
 import pytest
@@ -29,7 +28,7 @@ def test_hostile_files(path):
     counts = json.loads(result.read_text())
     assert counts.pop("problems") == []
     kinds = (
-        "refused, line named",
+        "refused, row named",
         "refused as a whole",
         "read",
         "read, with rows dropped and counted",
@@ -50,7 +49,7 @@ ROWS = st.dictionaries(st.sampled_from([*hostile.COLUMNS, "x", ""]), ANYTHING, m
 LINES = (
     ROWS.map(lambda row: json.dumps(row).encode())
     | st.binary(max_size=20)
-    | ANYTHING.map(lambda x: json.dumps(x).encode())
+    | ANYTHING.filter(lambda x: x is not None).map(lambda x: json.dumps(x).encode())
     | st.just(GOOD)
 )
 
@@ -63,10 +62,8 @@ LINES = (
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-def test_lines_of_chance(path, lines, end):
-    content = end.join(lines)
-    count = sum(bool(line.strip()) for line in content.split(b"\n"))
-    kind, wrong = hostile.outcome(path, content, count, TOKENIZER)
+def test_random_lines(path, lines, end):
+    kind, wrong = hostile.outcome(path, end.join(lines), TOKENIZER)
     assert not wrong, (kind, wrong)
 
 
@@ -82,44 +79,40 @@ def refusal(path, capsys, tokenizer=TOKENIZER) -> str:
 @pytest.mark.parametrize(
     "line, reason",
     [
-        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
+        (b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}", "depth limit"),
         (b'{"prompt": "a\xff"}', "utf-8"),
-        (b'{"prompt": "\\ud800"}', "surrogates"),
-        (b'{"prompt": "a", "prompt": "b"}', "two columns"),
-        (b"[1]", "object"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": "a", "prompt": "b"}', "specified twice"),
+        (b"[1]", "changed from object"),
         (b'{"prompt": 3}', "needs text"),
-        (b'{"prompt": "a"', ""),
-        (b'{"prompt": "a\x01"}', "control"),
+        (b'{"prompt": "a"', "missing a comma"),
+        (b'{"prompt": "a\x01"}', "invalid encoding in string"),
         (b'{"prompt": null, "chosen": null}', "needs text"),
         (b'{"prompt": [{"role": "user", "content": 3}]}', "needs text"),
+        (b'{"prompt": "a", "completion": 5}', "needs text"),  # a number is not taken for text
     ],
 )
-def test_the_line_is_named_also_behind_blank_lines_and_in_the_held_out_part(
-    path, capsys, line, reason
-):
+def test_what_is_wrong_is_said_in_the_training_and_in_the_held_out_part(path, capsys, line, reason):
     for at in (1, 7):
         lines = [GOOD] * 8
         lines[at] = line
-        path.write_bytes(b"\n\n".join(lines))
+        path.write_bytes(b"\n".join(lines))
         error = refusal(path, capsys)
-        assert f"{path}: line {2 * at + 1}: " in error and reason in error.lower(), error
+        assert f"--dataset {path}: " in error and reason in error.lower(), error
+        if reason == "needs text":
+            assert ("held-out row 3: " if at == 7 else "training row ") in error
 
 
-def test_the_file_of_a_folder_is_named(tmp_path, capsys):
+def test_a_damaged_file_of_a_folder(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_bytes(b"\n".join([GOOD] * 3))
-    (tmp_path / "test.jsonl").write_bytes(GOOD + b'\n{"prompt": "a\n')
-    assert f"{tmp_path / 'test.jsonl'}: line 2: " in refusal(tmp_path, capsys)
+    (tmp_path / "test.jsonl").write_bytes(GOOD + b'\n{"prompt": "a\n}')
+    assert f"--dataset {tmp_path}: " in refusal(tmp_path, capsys)
 
 
 def test_a_template_that_refuses_a_role(path, capsys):
-    """As Gemma's refuses a system message: the line is named, not the template's traceback shown."""
+    """As Gemma's refuses a system message: its words are passed on, not its traceback."""
     chat = {"prompt": [{"role": "system", "content": "be kind"}], "completion": " good"}
-    path.write_bytes(GOOD + b"\n" + json.dumps(chat).encode() + b"\n" + GOOD * 1)
+    good = {"prompt": [{"role": "user", "content": "the film"}], "completion": " good"}
+    path.write_text("\n".join(map(json.dumps, [good, chat, good, good])))
     error = refusal(path, capsys, word_tokenizer(chat_template=hostile.TEMPLATE))
-    assert f"{path}: line 2: " in error and "no system role" in error
-
-
-def test_numbers_are_not_taken_for_text(path, capsys):
-    """Arrow would read a column of numbers and text as text."""
-    path.write_bytes(b"\n".join([GOOD, b'{"prompt": "a", "completion": 5}'] * 4))
-    assert re.search("line [2468]: needs text", refusal(path, capsys))
+    assert f"--dataset {path}: training row " in error and "no system role" in error

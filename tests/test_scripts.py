@@ -3,11 +3,7 @@
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +19,11 @@ from models import (
     word_tokenizer,
     write_jsonl,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import brain
 import common
-import runlog
-from prompts import split_row
+from plumbing.data import split_row
 
 ROOT = Path(brain.__file__).parent
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
@@ -148,7 +143,7 @@ def stops(argv, capsys) -> str:
     """Runs a command line that must end with exit code 2 and one line; returns the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        brain.main(runlog.parse_args(brain.Args, argv))
+        brain.main(common.parse_args(brain.Args, argv))
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error, error
     return error
@@ -205,7 +200,7 @@ def bad_checkpoint(kind: str, folder: Path) -> dict:
     if kind == "two labels":
         return {"reward_model": save(folder, make_model("llama", 19, labels=2), tokenizer)}
     if kind == "no reward head":
-        policy.config.num_labels = 1
+        policy.module.config.num_labels = 1
         return {"reward_model": save(folder, policy, tokenizer)}
     if kind == "an encoder":
         config = transformers.BertConfig(
@@ -223,7 +218,7 @@ def bad_checkpoint(kind: str, folder: Path) -> dict:
         }
     if kind == "NaN reward":
         reward = make_model("llama", 19, labels=1)
-        reward.score.weight.data.fill_(float("nan"))
+        reward.module.score.weight.data.fill_(float("nan"))
         return {"reward_model": save(folder, reward, tokenizer)}
     save(folder, policy, tokenizer)
     weights = folder / "model.safetensors"
@@ -278,7 +273,7 @@ def test_run_folder_errors(world, tmp_path, capsys):
     assert "exists; continue it with --resume" in stops(argv, capsys)
     (tmp_path / "file").write_text("")
     assert "--run-dir" in stops(flags(world, run_dir=str(tmp_path / "file" / "run")), capsys)
-    assert "args.json: no such file" in stops(["--resume", str(tmp_path)], capsys)
+    assert "it has no args.json" in stops(["--resume", str(tmp_path)], capsys)
     assert "--beta 7.0" in stops(["--resume", str(run), "--beta", "7"], capsys)
     about = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(about | {"script": "gdc.py"}))
@@ -289,15 +284,6 @@ def test_run_folder_errors(world, tmp_path, capsys):
     state = run / "checkpoint" / "state.pt"
     state.write_bytes(state.read_bytes()[:5000])
     assert "cut short or damaged" in stops(["--resume", str(run)], capsys)
-
-
-def test_a_process_that_fails_shows_no_traceback():
-    """From the shell: exit code, one line, also for tyro's own errors."""
-    for argv in (["--policy", "/no/such"], ["--estimator", "best"], ["--no-such-flag", "1"]):
-        done = subprocess.run(
-            [sys.executable, "brain.py", *argv], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
 
 
 # ── runs ──
@@ -409,7 +395,7 @@ def test_three_flags_on_real_formats(tmp_path, architecture, data):
         "--run-dir",
         str(tmp_path / "run"),
     ]
-    brain.main(runlog.parse_args(brain.Args, [x for pair in args.items() for x in pair] + small))
+    brain.main(common.parse_args(brain.Args, [x for pair in args.items() for x in pair] + small))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["step"] == 2 and line["eval/win_rate"] is not None
     final = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
@@ -438,11 +424,10 @@ def test_ties_count_half(world, tmp_path):
     """A policy that always answers with the reference wins half the time; one that never ends
     never has an end rate."""
     rows = [{"prompt": "a film", "completion": "good"}] * 8
-    policy = make_model("llama", 19)
+    policy = make_model("llama", 19).module
     good = word_tokenizer().convert_tokens_to_ids("good")
-    with (
-        torch.no_grad()
-    ):  # "good" after any word but itself, then the end: known at any temperature
+    # "good" after any word but itself, then the end: known at any temperature.
+    with torch.no_grad():
         for weight in policy.model.layers.parameters():
             weight.zero_()
         policy.model.embed_tokens.weight.copy_(torch.eye(19, 32))
@@ -463,64 +448,8 @@ def test_ties_count_half(world, tmp_path):
     assert result["eval/eos_rate"] == 1
 
 
-# ── resume ──
-def comparable(run: Path) -> list[dict]:
-    """metrics.jsonl without what a clock or the process's memory decides."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "memory/"))}
-        for line in lines
-    ]
-
-
-@pytest.mark.parametrize("kill, at", [(signal.SIGKILL, 9), (signal.SIGKILL, 1), (signal.SIGINT, 7)])
-def test_bug29_a_killed_run_resumes_bit_for_bit(world, tmp_path, kill, at):
-    """Weights, moments, proposal and data position: metrics and weights of the unbroken run; also
-    killed before the first checkpoint, and stopped by Ctrl-C."""
-    args = replace(
-        world,
-        steps=24,
-        save_every=4,
-        eval_every=5,
-        updates_per_sample=2,
-        refresh_every=3,
-        micro_batch=3,
-    )
-    brain.main(replace(args, run_dir=str(tmp_path / "whole")))
-    broken, log = tmp_path / "broken", tmp_path / "broken" / "metrics.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "brain.py", *flags(args, run_dir=str(broken))],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    while not log.exists() or log.read_text().count("\n") <= at:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.002)
-    process.send_signal(kill)
-    error = process.communicate()[1]
-    if kill == signal.SIGINT:
-        assert process.returncode == 1 and f"--resume {broken}" in error
-    assert not (broken / "final").exists()
-    with open(log, "a") as file:
-        file.write('{"step": 3')  # a line cut in two
-    (broken / "checkpoint").mkdir(exist_ok=True)
-    (broken / "checkpoint" / "state.new").write_bytes(b"half a checkpoint")
-    brain.main(runlog.parse_args(brain.Args, ["--resume", str(broken)]))
-    assert comparable(broken) == comparable(tmp_path / "whole")
-    ours, theirs = (
-        load_file(tmp_path / x / "final" / "model.safetensors") for x in ("broken", "whole")
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert (broken / "samples.jsonl").read_text() == (
-        tmp_path / "whole" / "samples.jsonl"
-    ).read_text()
-
-
 # ── form ──
-def test_safetensors_with_pickle_inside_is_not_read(tmp_path):
+def test_a_checkpoint_with_pickle_inside_is_not_read(tmp_path, capsys):
     """A state.pt that holds code is refused, not run."""
 
     class Evil:
@@ -529,8 +458,8 @@ def test_safetensors_with_pickle_inside_is_not_read(tmp_path):
 
     (tmp_path / "checkpoint").mkdir()
     torch.save({"step": 1, "code": Evil()}, tmp_path / "checkpoint" / "state.pt")
-    run = runlog.Run(brain.Args(resume=str(tmp_path)), brain.__file__)
+    run = common.Run(brain.Args(resume=str(tmp_path)), brain.__file__)
     with pytest.raises(SystemExit):
-        run.open({})
+        run.open({}, None)
+    assert "Weights only load failed" in capsys.readouterr().err
     assert not (tmp_path / "owned").exists()
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")

@@ -110,6 +110,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_run_uses_no_network_and_writes_into_its_folder_alone(world, tmp_path):
     """Although nothing says that it is offline, and although the data asks for other paths."""
     hostile = ["../../escape", "/tmp/escape", "a/../../b", "~/.bashrc", "file:///etc/passwd"]
@@ -144,6 +145,7 @@ def test_a_run_uses_no_network_and_writes_into_its_folder_alone(world, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"world", "run", "caches"}
 
 
+@pytest.mark.slow
 def test_the_hook_sees_a_connection(tmp_path):
     """Else the test above would show nothing."""
     script = tmp_path / "talks.py"
