@@ -280,9 +280,8 @@ def _read_in_chunks(
     there are too many to keep, the backward pass computes them again.
     """
     vocabulary = model.config.vocab_size
-    size = max(
-        256, CHUNK // vocabulary
-    )  # fewer tokens would be bound by reading the head's weights
+    # Chunks of fewer than 256 tokens would be bound by reading the head's weights.
+    size = max(256, CHUNK // vocabulary)
     read = partial(_read, model, temperature)
     if len(targets) * vocabulary > MOST_LOGITS:
         read = partial(checkpoint, read, use_reentrant=False)

@@ -18,6 +18,7 @@ DTYPES = {4: "mixed", 2: "bfloat16"}
 @dataclass
 class Llama:
     """A decoder of Llama's form, by the names of its configuration."""
+
     layers: int
     hidden: int
     inner: int
@@ -47,6 +48,7 @@ class Llama:
 @dataclass
 class Batch:
     """What one GPU holds in one step."""
+
     prompts: int = 4
     samples: int = 8
     prompt_tokens: int = 512
@@ -59,12 +61,17 @@ class Batch:
         return self.prompt_tokens + self.samples * self.response_tokens
 
 
-MODELS = {"1B": Llama(16, 2048, 8192, 32, 8, 64, 128256, tied=True),
-          "8B": Llama(32, 4096, 14336, 32, 8, 128, 128256),
-          "70B": Llama(80, 8192, 28672, 64, 8, 128, 128256)}
+MODELS = {
+    "1B": Llama(16, 2048, 8192, 32, 8, 64, 128256, tied=True),
+    "8B": Llama(32, 4096, 14336, 32, 8, 128, 128256),
+    "70B": Llama(80, 8192, 28672, 64, 8, 128, 128256),
+}
 
-CASES = [(name, weight, gpus) for name, weight in
-         (("1B", 4), ("8B", 4), ("8B", 2), ("70B", 4), ("70B", 2)) for gpus in (1, 8, 16)]
+CASES = [
+    (name, weight, gpus)
+    for name, weight in (("1B", 4), ("8B", 4), ("8B", 2), ("70B", 4), ("70B", 2))
+    for gpus in (1, 8, 16)
+]
 
 
 def kept(model: Llama, gpus: int, weight: int = 4, copies: int = 2) -> dict[str, float]:
@@ -72,8 +79,13 @@ def kept(model: Llama, gpus: int, weight: int = 4, copies: int = 2) -> dict[str,
     under bfloat16; `copies`: the frozen ones, a reference and a proposal or anchor. The reward
     model is as large as the policy, and in bfloat16."""
     n = model.parameters / gpus
-    return {"weights": weight * n, "moments": 2 * weight * n, "reference": weight * n,
-            "proposal or anchor": (copies - 1) * weight * n, "reward model": 2 * n}
+    return {
+        "weights": weight * n,
+        "moments": 2 * weight * n,
+        "reference": weight * n,
+        "proposal or anchor": (copies - 1) * weight * n,
+        "reward model": 2 * n,
+    }
 
 
 def sampling(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
@@ -97,11 +109,15 @@ def update(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, 
     multiplies in the blocks; activations; logits in float32, three times a chunk."""
     gathered = weight * (2 * model.root + 3 * model.block) * (gpus > 1)
     logits = batch.micro_batch * batch.samples * batch.response_tokens * model.vocab
-    return {"gradients": weight * model.parameters / gpus, "gathered blocks": gathered,
-            "autocast's copies": 2 * model.layers * model.block * (weight == 4),
-            "activations": activations(model, batch.micro_batch * batch.slots,
-                                       34 if weight == 4 else 24),
-            "logits": 3 * 4 * min(max(256 * model.vocab, 2**22), logits)}
+    return {
+        "gradients": weight * model.parameters / gpus,
+        "gathered blocks": gathered,
+        "autocast's copies": 2 * model.layers * model.block * (weight == 4),
+        "activations": activations(
+            model, batch.micro_batch * batch.slots, 34 if weight == 4 else 24
+        ),
+        "logits": 3 * 4 * min(max(256 * model.vocab, 2**22), logits),
+    }
 
 
 def seconds(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
@@ -128,8 +144,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def most(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> float:
     """Bytes a GPU at the worst time, the sampling or the backward pass."""
-    drawing, training = (sum(part(model, batch, gpus, weight).values())
-                         for part in (sampling, update))
+    drawing, training = (
+        sum(part(model, batch, gpus, weight).values()) for part in (sampling, update)
+    )
     return sum(kept(model, gpus, weight).values()) + max(drawing, training)
 
 
@@ -138,12 +155,23 @@ def memory_table(batch: Batch) -> str:
     rows = []
     for name, weight, gpus in CASES:
         model = MODELS[name]
-        parts = kept(model, gpus, weight) | sampling(model, batch, gpus, weight) | update(
-            model, batch, gpus, weight)
+        parts = (
+            kept(model, gpus, weight)
+            | sampling(model, batch, gpus, weight)
+            | update(model, batch, gpus, weight)
+        )
         peak = most(model, batch, gpus, weight)
         fits = [f"{size}" for size, _ in CARDS.values() if peak < size * GB]
-        rows.append([name, DTYPES[weight], str(gpus), *(f"{x / GB:.1f}" for x in parts.values()),
-                     f"{peak / GB:.1f}", ", ".join(fits) or "none"])
+        rows.append(
+            [
+                name,
+                DTYPES[weight],
+                str(gpus),
+                *(f"{x / GB:.1f}" for x in parts.values()),
+                f"{peak / GB:.1f}",
+                ", ".join(fits) or "none",
+            ]
+        )
     return table(["model", "--dtype", "GPUs", *parts, "most at once", "fits GB"], rows)
 
 

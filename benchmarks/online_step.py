@@ -2,16 +2,15 @@
 
     python -m benchmarks.online_step [--peer grpo] [--repeats 5]
 
-A step draws N responses for each of 2 prompts, scores them with a reward model, reads their
+A step samples N responses for each of 2 prompts, scores them with a reward model, reads their
 log-probs from the reference and takes one update; brain.py also reads those of its proposal.
 N = 8 against GRPOTrainer, N = 2, which is all it has, against the experimental OnlineDPOTrainer;
 both generate with transformers. Same model, prompts, lengths and precision, one process: TRL runs
 in its own training loop, and a callback takes one of our steps after each of TRL's. Peak memory is
-that of a fresh process for each side, without imports. Adds a line a shape to
+that of a fresh process for each side, without imports. Adds a line per shape to
 benchmarks/results/online_step.jsonl.
 """
 
-import copy
 import os
 import statistics
 import tempfile
@@ -28,91 +27,116 @@ import tyro
 import brain
 import common
 from benchmarks import side_by_side
-from benchmarks.side_by_side import VOCABULARY, make_model, make_ours, make_tokenizer
+from benchmarks.side_by_side import as_text, make_module, make_policy, make_prompts, make_tokenizer
+from benchmarks.where import add
 
 PROMPTS, BETA = 2, 0.1
+SAMPLES = {"grpo": 8, "online_dpo": 2}  # N by peer
 PHASES = ("sample", "score", "log-probs", "update")
+WATCHED = {  # methods of TRL's trainers, by the phase whose time they take
+    "_calculate_rewards": "score",
+    "_calculate_rewards_from_functions": "score",
+    "_forward": "log-probs",
+    "_get_per_token_logps_and_entropies": "log-probs",
+}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 
 @dataclass
 class Args:
-    shapes: list[tuple[int, int]] = field(
-        default_factory=lambda: [(256, 48), (512, 53), (64, 256)])
+    shapes: list[tuple[int, int]] = field(default_factory=lambda: [(256, 48), (512, 53), (64, 256)])
     """(prompt, response) lengths in tokens"""
     peer: Literal["grpo", "online_dpo"] = "grpo"
     """trainer of TRL's"""
     repeats: int = 5
     """turns of each side, after one that does not count"""
     memory_of: str = ""
-    """print the peak memory of one side (ours or trl) on the first shape, in MiB, and end"""
-
-
-def make_prompts(length: int, count: int) -> list[list[int]]:
-    """Token lists of prompts."""
-    draw = torch.Generator().manual_seed(1)
-    return torch.randint(2, VOCABULARY, (count, length), generator=draw).tolist()
+    """print the peak memory of one side (ours or trl, and the peer's name) on the first shape, in
+    MiB, and end"""
 
 
 def our_step(prompt: int, response: int, n: int, count: int = PROMPTS, **shape):
     """A function that takes one step of brain.py's and returns the seconds of its phases."""
-    policy, tokenizer = make_ours(**shape), make_tokenizer()
-    ref, proposal = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    judge = common.RewardModel(make_ours(transformers.LlamaForSequenceClassification, **shape),
-                               tokenizer, policy, tokenizer, False)
-    judge.model.requires_grad_(False)
+    policy = make_policy(**shape)
+    ref, proposal = common.frozen_copy(policy), common.frozen_copy(policy)
+    reward_model = side_by_side.make_reward_model(make_tokenizer(), **shape)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
-    prompts = [common.Prompt("", ids) for ids in make_prompts(prompt, count)]
+    prompts = make_prompts(prompt, count)
     seeds = iter(range(10**6))
 
     def step() -> dict[str, float]:
         clock = [time.perf_counter()]
-        batch, _ = common.sample(proposal, prompts, n, response, 1.0, next(seeds))
+        batch = common.sample(proposal, prompts, n, response, 1.0, next(seeds))
         clock.append(time.perf_counter())
-        rewards = common.score(judge, batch)
+        rewards = common.score(reward_model, batch)
         clock.append(time.perf_counter())
         ref_logprobs = common.logprobs(ref, batch, 1.0)
         proposal_logprobs = common.logprobs(proposal, batch, 1.0)
         clock.append(time.perf_counter())
-        alpha = brain.posterior_weights(ref_logprobs, rewards, proposal_logprobs, BETA)
+        target_weights = brain.posterior_weights(ref_logprobs, rewards, proposal_logprobs, BETA)
         logprobs, _ = common.logprobs_and_entropy(policy, batch, 1.0)
-        loss = brain.brain_loss(logprobs, proposal_logprobs, alpha).mean()
+        loss = brain.brain_loss(logprobs, proposal_logprobs, target_weights).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         clock.append(time.perf_counter())
         return {phase: end - begin for phase, begin, end in zip(PHASES, clock, clock[1:])}
+
     return step
 
 
-def make_trainer(peer: str, prompt: int, response: int, n: int, steps: int):
+def make_trainer(peer: str, prompt: int, response: int, steps: int):
     """TRL's trainer on the same models and as many prompts as `steps` need."""
-    tokenizer = make_tokenizer()
-    texts = [" ".join(map(str, ids)) for ids in make_prompts(prompt, PROMPTS)] * steps
+    tokenizer, n = make_tokenizer(), SAMPLES[peer]
+    texts = [as_text(item) for item in make_prompts(prompt, PROMPTS)] * steps
     folder = tempfile.mkdtemp()
-    make_model().save_pretrained(folder)  # GRPOTrainer loads its reference by name
+    make_module().save_pretrained(folder)  # GRPOTrainer loads its reference by name
     policy = transformers.LlamaForCausalLM.from_pretrained(folder)
-    settings = dict(output_dir=folder, report_to=[], use_cpu=True, bf16=False, beta=BETA,
-                    gradient_checkpointing=False, learning_rate=1e-6, max_grad_norm=1.0,
-                    max_steps=steps, save_strategy="no", logging_steps=10**6, temperature=1.0,
-                    optim="adamw_torch_fused", disable_tqdm=True, shuffle_dataset=False)
-    judge = make_model(transformers.LlamaForSequenceClassification)
-    models = dict(model=policy, reward_funcs=[judge], reward_processing_classes=[tokenizer],
-                  processing_class=tokenizer,
-                  train_dataset=datasets.Dataset.from_dict({"prompt": texts}))
+    settings = dict(
+        output_dir=folder,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        beta=BETA,
+        gradient_checkpointing=False,
+        learning_rate=1e-6,
+        max_grad_norm=1.0,
+        max_steps=steps,
+        save_strategy="no",
+        logging_steps=10**6,
+        temperature=1.0,
+        optim="adamw_torch_fused",
+        disable_tqdm=True,
+    )
+    models = dict(
+        model=policy,
+        reward_funcs=[make_module(transformers.LlamaForSequenceClassification)],
+        reward_processing_classes=[tokenizer],
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
+    )
     if peer == "grpo":
         from trl import GRPOConfig, GRPOTrainer
 
-        return GRPOTrainer(**models, args=GRPOConfig(
-            per_device_train_batch_size=PROMPTS * n, num_generations=n, steps_per_generation=1,
-            max_completion_length=response, **settings))
+        config = GRPOConfig(
+            per_device_train_batch_size=PROMPTS * n,
+            num_generations=n,
+            steps_per_generation=1,
+            max_completion_length=response,
+            shuffle_dataset=False,
+            **settings,
+        )
+        return GRPOTrainer(**models, args=config)
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-    settings.pop("shuffle_dataset")
-    return OnlineDPOTrainer(**models, ref_model=make_model(), args=OnlineDPOConfig(
-        per_device_train_batch_size=PROMPTS, max_new_tokens=response,
-        max_length=prompt + response, **settings))
+    config = OnlineDPOConfig(
+        per_device_train_batch_size=PROMPTS,
+        max_new_tokens=response,
+        max_length=prompt + response,
+        **settings,
+    )
+    return OnlineDPOTrainer(**models, ref_model=make_module(), args=config)
 
 
 class Turns(transformers.TrainerCallback):
@@ -123,6 +147,7 @@ class Turns(transformers.TrainerCallback):
 
     def watch(self, trainer) -> None:
         """Adds up the seconds in TRL's generation, rewards and log-probs without gradient."""
+
         def timed(owner, name: str, phase: str) -> None:
             inner = getattr(owner, name)
 
@@ -132,12 +157,11 @@ class Turns(transformers.TrainerCallback):
                 if phase != "log-probs" or not torch.is_grad_enabled():
                     self.spent[phase] += time.perf_counter() - begin
                 return result
+
             setattr(owner, name, outer)
 
         timed(trainer.model, "generate", "sample")
-        for name, phase in (("_calculate_rewards", "score"), ("_forward", "log-probs"),
-                            ("_calculate_rewards_from_functions", "score"),
-                            ("_get_per_token_logps_and_entropies", "log-probs")):
+        for name, phase in WATCHED.items():
             if hasattr(trainer, name):
                 timed(trainer, name, phase)
 
@@ -155,32 +179,41 @@ class Turns(transformers.TrainerCallback):
         self.times["ours"].append(time.perf_counter() - end)
 
 
+def make_side(side: str, peer: str, shape: tuple[int, int]):
+    """A function that takes one step of one side, for its peak memory."""
+    if side == "ours":
+        return our_step(*shape, SAMPLES[peer])
+    return make_trainer(peer, *shape, steps=1).train
+
+
 def main(args: Args) -> None:
     """Measures all shapes."""
     import trl  # noqa: F401 - both sides start from the same imports
 
-    n = 8 if args.peer == "grpo" else 2
     if args.memory_of:
-        side, _, peer = args.memory_of.partition(" ")
-        n, shape = (8 if peer == "grpo" else 2), args.shapes[0]
-        make = (partial(our_step, *shape, n) if side == "ours" else
-                lambda: partial(make_trainer(peer, *shape, n, steps=1).train))
-        print(side_by_side.peak_memory(make))
+        side, peer = args.memory_of.split()
+        print(side_by_side.peak_memory(partial(make_side, side, peer, args.shapes[0])))
         return
+    n = SAMPLES[args.peer]
     for shape in args.shapes:
         turns = Turns(our_step(*shape, n))
-        trainer = make_trainer(args.peer, *shape, n, args.repeats + 1)
+        trainer = make_trainer(args.peer, *shape, steps=args.repeats + 1)
         turns.watch(trainer)
         trainer.add_callback(turns)
         trainer.train()
         times = {name: values[1:] for name, values in turns.times.items()}
-        phases = {f"{name}_{phase}_s": round(statistics.median(x[phase] for x in steps[1:]), 3)
-                  for name, steps in turns.phases.items() for phase in PHASES}
-        memory = {name: side_by_side.memory_of("benchmarks.online_step", f"{name} {args.peer}",
-                                               shape) for name in times}
-        side_by_side.add("online_step", {"peer": args.peer, "prompt": shape[0],
-                                         "response": shape[1], "prompts": PROMPTS, "samples": n}
-                         | side_by_side.summary(times, memory) | phases)
+        phases = {
+            f"{name}_{phase}_s": round(statistics.median(x[phase] for x in steps[1:]), 3)
+            for name, steps in turns.phases.items()
+            for phase in PHASES
+        }
+        module = "benchmarks.online_step"
+        memory = {
+            name: side_by_side.memory_of(module, f"{name} {args.peer}", shape) for name in times
+        }
+        line = {"peer": args.peer, "prompt": shape[0], "response": shape[1]}
+        line |= {"prompts": PROMPTS, "samples": n}
+        add("online_step", line | side_by_side.summary(times, memory, "trl") | phases)
 
 
 if __name__ == "__main__":

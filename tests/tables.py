@@ -26,12 +26,12 @@ def posterior(ref: torch.Tensor, rewards: torch.Tensor, beta: float) -> torch.Te
     return (ref + rewards / beta).log_softmax(-1)
 
 
-def expectation(law: torch.Tensor, n: int, value) -> torch.Tensor:
-    """Mean of value(picks [n]) over all n-tuples drawn from `law` (log-probs), exactly."""
+def expectation(distribution: torch.Tensor, n: int, value) -> torch.Tensor:
+    """Mean of value(picks [n]) over all n-tuples sampled from `distribution` (log-probs), exactly."""
     mean = 0
-    for picks in itertools.product(range(len(law)), repeat=n):
+    for picks in itertools.product(range(len(distribution)), repeat=n):
         picks = torch.tensor(picks)
-        mean = mean + law[picks].sum().exp() * value(picks)
+        mean = mean + distribution[picks].sum().exp() * value(picks)
     return mean
 
 
@@ -42,15 +42,16 @@ def gradient(logits: torch.Tensor, loss) -> torch.Tensor:
 
 
 def make_small_world(folder: Path, responses: int = 2) -> dict:
-    """Flags (by name) of an enumerable world: 6 tokens, one of them the end, at most `responses` a
-    response: 31 responses of at most 2 tokens, or 6 of 1."""
+    """Flags (by name) of an enumerable world of 6 tokens, one of them the end.
+
+    It has 31 responses of at most 2 tokens or, with `responses` 1, 6 responses of one token.
+    """
     tokenizer = word_tokenizer(WORDS)
     size = len(tokenizer)
     policy = make_model("llama", size)
     with torch.no_grad():
-        policy.module.lm_head.weight[[0, 2, 3]] = (
-            0  # <pad>, <unk>, <bos>: plain words to this model
-        )
+        # <pad>, <unk>, <bos>: plain words to this model
+        policy.module.lm_head.weight[[0, 2, 3]] = 0
     save(folder / "sft", policy, tokenizer)
     save(folder / "rm", make_model("llama", size, labels=1, seed=2), tokenizer)
     rows = [{"prompt": "a b", "completion": "a", "chosen": "a", "rejected": "b"}] * 2
@@ -100,8 +101,11 @@ def all_responses(flags: dict, policy: str) -> tuple[torch.Tensor, torch.Tensor]
 def train(
     script, flags: dict, folder: Path, decay=False, **more
 ) -> tuple[torch.Tensor, list[dict]]:
-    """Runs a script's main(); (log-probs of all responses after it, its metrics). With `decay` the
-    step size falls to 0, so that the noise of the last samples does not hide where the loop goes."""
+    """Runs a script's main(); (log-probs of all responses after it, its metrics).
+
+    With `decay` the step size falls to 0, so that the noise of the last samples does not hide where
+    the loop goes.
+    """
     args, step, taken = script.Args(**flags | {"run_dir": str(folder)} | more), AdamW.step, []
 
     def smaller_step(self, *inputs, **options):
@@ -120,13 +124,15 @@ def train(
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Total variation of two laws given by log-probs."""
+    """Total variation of two distributions given by log-probs."""
     return 0.5 * (first.exp() - second.exp()).abs().sum().item()
 
 
 def samplers(monkeypatch) -> list[torch.Tensor]:
-    """A list that gets a weight of the model that draws, at each step's sampling (not at
-    evaluations, nor at a test of fresh samples)."""
+    """A list that gets a weight of the model that samples, at each step's sampling.
+
+    Evaluations and tests of fresh samples are left out.
+    """
     weights, original, seeds = [], common.sample, common.seed_of
 
     def sample(model, prompts, n, max_tokens, temperature, seed):

@@ -30,10 +30,8 @@ def naive(model, prompt, response, temperature=1.0):
     """(log-prob, entropy) sums, one token at a time, each from a row of its own."""
     total = entropy = 0.0
     for t, token in enumerate(response):
-        logits = (
-            model.module(torch.tensor([prompt + response[:t]])).logits[0, -1].double() / temperature
-        )
-        logprobs = logits.log_softmax(-1)
+        logits = model.module(torch.tensor([prompt + response[:t]])).logits[0, -1].double()
+        logprobs = (logits / temperature).log_softmax(-1)
         total += logprobs[token].item()
         entropy -= (logprobs.exp() * logprobs).sum().item()
     return total, entropy
@@ -88,9 +86,9 @@ def test_bug05_what_fills_the_padding_changes_nothing(monkeypatch):
     torch.testing.assert_close(
         common.logprobs(model, ragged_batch(), 1.0), expected, atol=1e-5, rtol=0
     )
-    assert (
-        common.sample(model, make_prompts(*PROMPTS), 4, 6, 1.0, seed=3).responses == drawn.responses
-    )
+    again = common.sample(model, make_prompts(*PROMPTS), 4, 6, 1.0, seed=3)
+    assert again.responses == drawn.responses
+    torch.testing.assert_close(again.sampled_logprobs, drawn.sampled_logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -362,10 +360,8 @@ def test_a_model_that_fits_neither_kind_of_row_is_an_error(capsys):
     model.module.transformer.forward = lambda input_ids, **_: forward(input_ids)
     with pytest.raises(SystemExit) as stop:
         common._choose_rows("--policy", "x", model)
-    assert (
-        stop.value.code == 2
-        and "does not give the numbers of single rows" in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "does not give the numbers of single rows" in error
 
 
 def test_bug09_models_are_loaded_without_dropout(tmp_path):

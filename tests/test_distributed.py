@@ -246,7 +246,8 @@ def test_two_resume_on_one_and_one_on_two(name, folder, both, alone):
             torch.load(folder / f"{x} {name}" / "checkpoint" / "state.pt", weights_only=True)
             for x in (kind, "one")
         )
-        assert ours["optimizer"].pop("param_groups") == theirs["optimizer"].pop("param_groups")
+        groups = [x["optimizer"].pop("param_groups")[0] for x in (ours, theirs)]
+        assert groups[0]["params"] == groups[1]["params"] and groups[0]["lr"] == groups[1]["lr"]
         assert ours.keys() == theirs.keys() and ours["format"] == theirs["format"]
         for part in set(ours) - {"run", "step", "format"}:
             torch.testing.assert_close(ours[part], theirs[part], atol=1e-4, rtol=1e-4)
@@ -272,6 +273,7 @@ def environment(process: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path):
     """Rank 1 gets a SIGKILL: torchrun says so and ends rank 0 within a minute. The checkpoint then
     goes on in one process."""
@@ -334,6 +336,7 @@ def test_an_error_of_rank_1_is_said_late(capsys, monkeypatch):
     assert waited == [5] and capsys.readouterr().err == "error: --flag: a mistake\n"
 
 
+@pytest.mark.slow
 def test_the_command_line_ends_clean_and_an_error_is_said_once(tmp_path):
     """A whole run of two processes, then one with a mistake that both processes find."""
     args = make_world(tmp_path, steps=2)

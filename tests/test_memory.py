@@ -8,9 +8,9 @@ import transformers
 from models import make_prompts
 
 import common
+from analyze import memory
 from plumbing import cache
 from plumbing.models import Model
-from analyze import memory
 
 ROOT = Path(common.__file__).parent
 

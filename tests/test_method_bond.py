@@ -27,26 +27,26 @@ def slow_param(value):
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-def quantiles(law: torch.Tensor, rewards: torch.Tensor):
-    """(p_<, p_≤) of each response under the law (log-probs)."""
-    below = torch.stack([law.exp()[rewards < r].sum() for r in rewards])
-    return below, torch.stack([law.exp()[rewards <= r].sum() for r in rewards])
+def quantiles(distribution: torch.Tensor, rewards: torch.Tensor):
+    """(p_<, p_≤) of each response under the distribution (log-probs)."""
+    below = torch.stack([distribution.exp()[rewards < r].sum() for r in rewards])
+    return below, torch.stack([distribution.exp()[rewards <= r].sum() for r in rewards])
 
 
-def best_of(law: torch.Tensor, rewards: torch.Tensor, n: int) -> torch.Tensor:
+def best_of(distribution: torch.Tensor, rewards: torch.Tensor, n: int) -> torch.Tensor:
     """Log of (1), as π_a·p_≤^{n−1}·Σ_{i=1..n} (p_</p_≤)^{i−1}."""
-    below, upto = quantiles(law, rewards)
+    below, upto = quantiles(distribution, rewards)
     series = sum((below / upto) ** i for i in range(n))
-    return law + (n - 1) * upto.log() + series.log()
+    return distribution + (n - 1) * upto.log() + series.log()
 
 
 def kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """KL of two laws given by log-probs."""
+    """KL of two distributions given by log-probs."""
     return (first.exp() * (first - second)).sum()
 
 
 def jeffreys_minimum(forward: torch.Tensor, target: torch.Tensor, b: float) -> torch.Tensor:
-    """Log of the law that minimises (1−b)·KL(forward‖π) + b·KL(π‖target), target unnormalised."""
+    """Log of the distribution that minimises (1−b)·KL(forward‖π) + b·KL(π‖target), target unnormalised."""
     logits = ((1 - b) * forward + b * target).log_softmax(0).clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits], lr=1, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
@@ -54,8 +54,8 @@ def jeffreys_minimum(forward: torch.Tensor, target: torch.Tensor, b: float) -> t
 
     def closure():
         optimizer.zero_grad()
-        law = logits.log_softmax(0)
-        value = (1 - b) * -(forward.exp() * law).sum() + b * kl(law, target)
+        distribution = logits.log_softmax(0)
+        value = (1 - b) * -(forward.exp() * distribution).sum() + b * kl(distribution, target)
         value.backward()
         return value
 
@@ -68,37 +68,37 @@ def loss(logprobs, log_ratio, advantage, best, **flags):
     return bond.bond_loss(logprobs, log_ratio, advantage, best, bond.Args(**flags))
 
 
-# ── the best-of-N law ──
+# ── the best-of-N distribution ──
 TIED = torch.tensor([1.0, 2.0, 2.0, 3.0, 3.0, 0.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_eq1_is_the_law_of_the_best_of_n(n):
     """By enumeration of all n-tuples, the first of equal best ones taken; also the other form."""
-    law = table(0, 6).log_softmax(0)
+    distribution = table(0, 6).log_softmax(0)
     exact = torch.zeros(6, dtype=torch.float64)
     for picks in itertools.product(range(6), repeat=n):
         picks = torch.tensor(picks)
         winner = picks[TIED[picks].argmax()]
-        exact[winner] += law[picks].sum().exp()
-    ours = best_of(law, TIED, n)
+        exact[winner] += distribution[picks].sum().exp()
+    ours = best_of(distribution, TIED, n)
     torch.testing.assert_close(ours.exp(), exact, atol=1e-12, rtol=0)
-    below, upto = quantiles(law, TIED)
-    torch.testing.assert_close(law.exp() * (upto**n - below**n) / (upto - below), exact)
+    below, upto = quantiles(distribution, TIED)
+    torch.testing.assert_close(distribution.exp() * (upto**n - below**n) / (upto - below), exact)
 
 
 def test_bounds_and_composition():
     """KL ≤ log N − (N−1)/N, win rate ≤ N/(N+1), near equality without ties; Bo_n twice = Bo_n²."""
-    law, rewards = table(0, 2000).log_softmax(0), table(1, 2000)
+    distribution, rewards = table(0, 2000).log_softmax(0), table(1, 2000)
     for n in (2, 4, 8):
-        best = best_of(law, rewards, n)
-        below, upto = quantiles(law, rewards)
+        best = best_of(distribution, rewards, n)
+        below, upto = quantiles(distribution, rewards)
         bound = math.log(n) - (n - 1) / n
-        assert bound - 0.03 < kl(best, law) < bound
+        assert bound - 0.03 < kl(best, distribution) < bound
         assert n / (n + 1) - 0.01 < (best.exp() * (below + upto) / 2).sum() < n / (n + 1)
-    law = table(0, 6).log_softmax(0)
-    twice = best_of(best_of(law, TIED, 3), TIED, 3)
-    torch.testing.assert_close(twice, best_of(law, TIED, 9))
+    distribution = table(0, 6).log_softmax(0)
+    twice = best_of(best_of(distribution, TIED, 3), TIED, 3)
+    torch.testing.assert_close(twice, best_of(distribution, TIED, 9))
 
 
 # ── the loss ──
@@ -258,7 +258,7 @@ def test_j_bond_reaches_its_stationary_law_against_a_frozen_anchor(world, tmp_pa
 
 @pytest.mark.parametrize("b", [slow_param(0.0), 0.5, slow_param(1.0)])
 def test_bond_reaches_best_of_n_of_the_start_model(world, tmp_path, b):
-    """--anchor fixed, N = 4: (1) for b = 0, for b > 0 the law that the mean of log p̂_≤ over k = 8
+    """--anchor fixed, N = 4: (1) for b = 0, for b > 0 the distribution that the mean of log p̂_≤ over k = 8
     anchor samples gives. How far that is from (1) is the bias of (5)."""
     ref, rewards = all_responses(world, world["policy"])
     upto, k = quantiles(ref, rewards)[1], 8

@@ -124,8 +124,11 @@ def test_eq4_eq5_are_least_where_s_is_the_win_rate(risk):
     """A group with each response as often as its probability says, so that ĝ is g but for 1/K: the
     gradient of a response vanishes where ψ is g up to a constant, and not where it is else."""
     picks = torch.tensor([0] * 100 + [1] * 200 + [2] * 300 + [3] * 400)
-    law, rewards = picks.bincount() / 1000.0, torch.tensor([2.0, 0.0, 3.0, 1.0])
-    g, win_rate = game(rewards) @ law.double(), wind.win_rates(rewards[picks][None], risk).double()
+    distribution, rewards = picks.bincount() / 1000.0, torch.tensor([2.0, 0.0, 3.0, 1.0])
+    g, win_rate = (
+        game(rewards) @ distribution.double(),
+        wind.win_rates(rewards[picks][None], risk).double(),
+    )
     none = torch.zeros(1, 1000, dtype=torch.float64)
 
     def slopes(psi):  # β 1, η large: ψ = log π − log π_ref
@@ -231,12 +234,12 @@ def test_iterative_bond_with_mixing_is_the_step_on_log_win_rates():
     arms, first = 4000, 0.4
     u = torch.arange(1, arms + 1, dtype=torch.float64) / arms
     ref = torch.full((arms,), 1 / arms, dtype=torch.float64)
-    law = ref
+    distribution = ref
     for _ in range(300):
-        g = law.cumsum(0) - law / 2
-        law = (first * (law * g).log() + (1 - first) * ref.log()).softmax(0)
+        g = distribution.cumsum(0) - distribution / 2
+        distribution = (first * (distribution * g).log() + (1 - first) * ref.log()).softmax(0)
     beta = (1 - first) / first
-    assert (law.cumsum(0) - u ** (beta / (beta - 1))).abs().max() < 2e-3
+    assert (distribution.cumsum(0) - u ** (beta / (beta - 1))).abs().max() < 2e-3
 
 
 # ── the script ──

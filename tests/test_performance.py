@@ -1,6 +1,5 @@
 """The fast paths give the plain paths' numbers, do only the work they claim, and are timed right."""
 
-import itertools
 import json
 import time
 from pathlib import Path
@@ -16,11 +15,11 @@ import brain
 import common
 import dpo
 import gdc
+import wind
+from analyze import performance
 from plumbing import models as loading
 from plumbing import report
 from plumbing.cache import GrowingLayer
-import wind
-from analyze import performance
 
 SCRIPTS = {"brain": brain, "gdc": gdc, "dpo": dpo, "wind": wind, "bond": bond}
 PROMPTS, RESPONSES = (
@@ -213,14 +212,16 @@ def test_a_draw_is_the_first_token_whose_cumulative_probability_passes_u(monkeyp
     monkeypatch.setattr(
         common, "_logits", lambda model, states: logits.expand(*states.shape[:2], 6)
     )
-    law = logits.softmax(0).double()
+    distribution = logits.softmax(0).double()
     for u in (0.0, 0.1, 0.2, 0.25, 0.5, 0.7, 0.8, 1 - 2**-53):
         monkeypatch.setattr(torch, "rand", lambda shape, u=u, **_: torch.full(shape, u).double())
         batch = common.sample(model, make_prompts([2, 3]), 1, 1, 1.0, seed=0)
         (((token,),),) = batch.responses
-        assert law[:token].sum() <= u < law[: token + 1].sum() + 1e-7
-        assert law[token] > 0
-        assert batch.sampled_logprobs.item() == pytest.approx(law[token].log().item(), abs=1e-6)
+        assert distribution[:token].sum() <= u < distribution[: token + 1].sum() + 1e-7
+        assert distribution[token] > 0
+        assert batch.sampled_logprobs.item() == pytest.approx(
+            distribution[token].log().item(), abs=1e-6
+        )
 
 
 def test_the_page_on_performance_is_up_to_date():
