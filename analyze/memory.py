@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 GB = 1e9  # as in the names of cards; a card of 80 GB has a little more
 CARDS = {"H100": (80, 3.35e12), "H200": (141, 4.8e12)}  # GB, bytes/s of its memory
-FLOPS, SHARE = 989e12, 0.4  # dense bfloat16 of both cards, a second; the share that is assumed
+FLOPS, SHARE = 989e12, 0.4  # dense bfloat16 of both cards, per second; the share that is assumed
 LINKS = {1: 1.0, 8: 450e9, 16: 400e9}  # bytes/s: NVLink; two machines by 8 links of 400 Gbit/s
 DTYPES = {4: "mixed", 2: "bfloat16"}
 
@@ -75,9 +75,12 @@ CASES = [
 
 
 def kept(model: Llama, gpus: int, weight: int = 4, copies: int = 2) -> dict[str, float]:
-    """Bytes a GPU of what stays for the whole run. `weight`: bytes of one, 4 under --dtype mixed, 2
-    under bfloat16; `copies`: the frozen ones, a reference and a proposal or anchor. The reward
-    model is as large as the policy, and in bfloat16."""
+    """Bytes per GPU of what stays for the whole run.
+
+    `weight` is the bytes of one weight, 4 under --dtype mixed and 2 under bfloat16; `copies` counts
+    the frozen ones, a reference and a proposal or anchor. The reward model is as large as the
+    policy, and in bfloat16.
+    """
     n = model.parameters / gpus
     return {
         "weights": weight * n,
@@ -89,24 +92,32 @@ def kept(model: Llama, gpus: int, weight: int = 4, copies: int = 2) -> dict[str,
 
 
 def sampling(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
-    """Bytes a GPU while it samples: a whole copy, which one process need not make, and the cache of
-    keys and values in bfloat16."""
+    """Bytes per GPU while it samples.
+
+    They are a whole copy, which one process need not make, and the cache of keys and values in
+    bfloat16.
+    """
     numbers = model.layers * 2 * model.kv_heads * model.head_dim * batch.prompts * batch.slots
     return {"gathered copy": weight * model.parameters * (gpus > 1), "cache": 2 * numbers}
 
 
 def activations(model: Llama, slots: int, hidden: int = 34, inner: int = 8) -> int:
-    """Bytes that the blocks keep for the backward pass of so many slots. `hidden` and `inner` are
-    bytes for each number of a state and of a feed-forward layer: 34 and 8 under autocast, which
-    keeps the norms in float32; 24 and 8 in bfloat16; 40 and 16 in float32."""
+    """Bytes that the blocks keep for the backward pass of so many slots.
+
+    `hidden` and `inner` are bytes per number of a state and of a feed-forward layer: 34 and 8 under
+    autocast, which keeps the norms in float32; 24 and 8 in bfloat16; 40 and 16 in float32.
+    """
     each = hidden * model.hidden + inner * model.inner + 4 * model.heads + 8
     return model.layers * slots * each
 
 
 def update(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
-    """Bytes a GPU in a backward pass: gradients; root and two blocks gathered, and the gradients of
-    root and one block before they are reduced; bfloat16 copies, which autocast keeps, of all that
-    multiplies in the blocks; activations; logits in float32, three times a chunk."""
+    """Bytes per GPU in a backward pass.
+
+    They are the gradients; root and two blocks gathered, and the gradients of root and one block
+    before they are reduced; bfloat16 copies, which autocast keeps, of all that multiplies in the
+    blocks; activations; logits in float32, three times a chunk.
+    """
     gathered = weight * (2 * model.root + 3 * model.block) * (gpus > 1)
     logits = batch.micro_batch * batch.samples * batch.response_tokens * model.vocab
     return {
@@ -121,11 +132,13 @@ def update(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, 
 
 
 def seconds(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
-    """Seconds of a step's parts on H200 cards, if nothing costs time but arithmetic, the memory's
-    rate in sampling, and links."""
+    """Seconds of a step's parts on H200 cards.
+
+    Nothing is counted but arithmetic, the memory's rate in sampling, and links.
+    """
     n, slots = model.parameters, batch.prompts * batch.slots
     passes = -(-batch.prompts // batch.micro_batch)
-    # A token drawn reads all weights; autocast also writes and reads them again in bfloat16.
+    # A sampled token reads all weights; autocast also writes and reads them again in bfloat16.
     drawn = batch.response_tokens * (8 if weight == 4 else 2) * n / CARDS["H200"][1]
     prefill = 2 * n * batch.prompts * batch.prompt_tokens / (FLOPS * SHARE)
     arithmetic = (6 + 2 + 2 + 2) * n * slots / (FLOPS * SHARE)  # update, two log-probs, rewards
@@ -143,7 +156,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def most(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> float:
-    """Bytes a GPU at the worst time, the sampling or the backward pass."""
+    """Bytes per GPU at the worst time, the sampling or the backward pass."""
     drawing, training = (
         sum(part(model, batch, gpus, weight).values()) for part in (sampling, update)
     )
@@ -151,7 +164,7 @@ def most(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> float:
 
 
 def memory_table(batch: Batch) -> str:
-    """GB a GPU, and whether it fits."""
+    """GB per GPU, and whether it fits."""
     rows = []
     for name, weight, gpus in CASES:
         model = MODELS[name]

@@ -18,18 +18,43 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 
 import common
-from benchmarks import side_by_side
-from benchmarks.where import about
+from benchmarks.where import add
 
 KINDS = {  # names of operations, without what follows in _scaled_dot_product_…
     "matrix products": ("mm", "addmm", "bmm", "dot", "vdot"),
     "attention": ("_scaled_dot_product",),
-    "views and new memory": ("as_strided", "view", "slice", "transpose", "t", "select", "reshape",
-                             "expand", "unsqueeze", "squeeze", "permute", "alias", "detach",
-                             "empty", "empty_strided", "empty_like", "resize_", "_unsafe_view",
-                             "split", "split_with_sizes", "narrow", "lift_fresh", "detach_", "to",
-                             "linear", "matmul", "is_nonzero", "item", "_local_scalar_dense",
-                             "result_type"),
+    "views and new memory": (
+        "as_strided",
+        "view",
+        "slice",
+        "transpose",
+        "t",
+        "select",
+        "reshape",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "permute",
+        "alias",
+        "detach",
+        "empty",
+        "empty_strided",
+        "empty_like",
+        "resize_",
+        "_unsafe_view",
+        "split",
+        "split_with_sizes",
+        "narrow",
+        "lift_fresh",
+        "detach_",
+        "to",
+        "linear",
+        "matmul",
+        "is_nonzero",
+        "item",
+        "_local_scalar_dense",
+        "result_type",
+    ),
 }
 
 
@@ -64,18 +89,27 @@ def main(args: Args) -> None:
             moments.append(time.perf_counter())
             profiled.stop()
         return result
+
     common.evaluate = evaluate
     with tempfile.TemporaryDirectory() as folder:
-        script.main(script.Args(steps=args.steps, eval_every=args.steps,
-                                run_dir=str(Path(folder, "run"))))
+        script.main(
+            script.Args(steps=args.steps, eval_every=args.steps, run_dir=str(Path(folder, "run")))
+        )
     wall, seconds = moments[1] - moments[0], {}
     for event in profiled.events():
         kind = kind_of(event.name)
         seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total / 1e6
     shares = {kind: round(value / wall, 3) for kind, value in sorted(seconds.items())}
-    side_by_side.add("default_profile", {"script": args.script, "steps": args.steps,
-                                         "wall_s": round(wall, 2), "shares": shares,
-                                         "python": round(1 - sum(shares.values()), 3)} | about())
+    add(
+        "default_profile",
+        {
+            "script": args.script,
+            "steps": args.steps,
+            "wall_s": round(wall, 2),
+            "shares": shares,
+            "python": round(1 - sum(shares.values()), 3),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.default_run [--script brain] [--seeds 1 2 3 4 5]
 
-Adds a line a run to benchmarks/results/default_run.jsonl: wall-clock seconds of the whole process,
-the first and the last evaluation, the gold win rates, and where it ran.
+Adds a line per run to benchmarks/results/default_run.jsonl: wall-clock seconds of the whole
+process, the first and the last evaluation, the gold win rates, and where it ran.
 """
 
 import json
@@ -18,10 +18,8 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.where import ROOT, about
+from benchmarks.where import ROOT, add
 from prepare import gold
-
-RESULTS = ROOT / "benchmarks" / "results" / "default_run.jsonl"
 
 
 @dataclass
@@ -33,15 +31,19 @@ class Args:
 
 
 def main(args: Args) -> None:
-    """Runs the script once a seed, one after the other."""
-    results = []
+    """Runs the script once per seed, one after the other."""
+    times = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder, "run")
             command = [f"{args.script}.py", "--seed", str(seed)]
             load, begin = os.getloadavg()[0], time.perf_counter()
-            subprocess.run([sys.executable, *command, "--run-dir", run], cwd=ROOT, check=True,
-                           capture_output=True)
+            subprocess.run(
+                [sys.executable, *command, "--run-dir", run],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+            )
             seconds = time.perf_counter() - begin
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             judged = gold.main(gold.Args(str(run)))
@@ -51,14 +53,11 @@ def main(args: Args) -> None:
             for key in ("win_rate", "reward", "kl")
         }
         ends |= {"first gold_win_rate": judged[0][1], "last gold_win_rate": judged[-1][1]}
-        results.append({"command": " ".join(["python", *command]), "seconds": round(seconds, 1)}
-                       | {key: round(value, 4) for key, value in ends.items()}
-                       | {"load_before": round(load, 2)} | about())
-        print(json.dumps(results[-1]))
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
-    seconds = [result["seconds"] for result in results]
-    print(f"median {statistics.median(seconds):.1f} s, {min(seconds):.1f} to {max(seconds):.1f} s")
+        line = {"command": " ".join(["python", *command]), "seconds": round(seconds, 1)}
+        line |= {key: round(value, 4) for key, value in ends.items()}
+        add("default_run", line | {"load_before": round(load, 2)})
+        times.append(seconds)
+    print(f"median {statistics.median(times):.1f} s, {min(times):.1f} to {max(times):.1f} s")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Each point is a fresh process: three steps of benchmarks/online_step.py's after one that does not
 count, the median of each phase, and the peak memory less that of weights, gradients, moments and
-imports. A line a point goes to benchmarks/results/growth.jsonl.
+imports. A line per point goes to benchmarks/results/growth.jsonl.
 """
 
 import json
@@ -12,25 +12,37 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
 
+import transformers
 import tyro
 
-from benchmarks import side_by_side
 from benchmarks.online_step import PHASES, our_step
-from benchmarks.where import ROOT, about
+from benchmarks.side_by_side import make_module, peak_memory
+from benchmarks.where import ROOT, add
 
-BASE = {"n": 8, "prompt": 256, "response": 48, "count": 2, "vocabulary": 8_000, "width": 256,
-        "layers": 4}
-POINTS = {"n": (1, 2, 4, 8, 16, 32, 64), "prompt": (64, 128, 256, 512, 1024),
-          "response": (16, 32, 64, 128, 256), "count": (1, 2, 4, 8),
-          "vocabulary": (8_000, 32_000, 75_000, 150_000), "width": (128, 256, 512, 1024)}
+BASE = {
+    "n": 8,
+    "prompt": 256,
+    "response": 48,
+    "count": 2,
+    "vocabulary": 8_000,
+    "width": 256,
+    "layers": 4,
+}
+POINTS = {
+    "n": (1, 2, 4, 8, 16, 32, 64),
+    "prompt": (64, 128, 256, 512, 1024),
+    "response": (16, 32, 64, 128, 256),
+    "count": (1, 2, 4, 8),
+    "vocabulary": (8_000, 32_000, 75_000, 150_000),
+    "width": (128, 256, 512, 1024),
+}
 
 
 @dataclass
 class Args:
     sizes: tuple[str, ...] = tuple(POINTS)
-    """sizes to vary: n (samples a prompt), prompt, response (tokens), count (prompts), …"""
+    """sizes to vary: n (samples per prompt), prompt, response (tokens), count (prompts), …"""
     point: str = ""
     """measure one point, given as JSON, in this process, and print it"""
 
@@ -45,15 +57,17 @@ def measure(point: dict) -> dict:
         made.append(our_step(*main, **shape))
         return lambda: times.append(made[0]())
 
-    peak = side_by_side.peak_memory(make, steps=4)
-    sizes = [sum(weight.numel() for weight in make(**{name: shape[name] for name in (
-        "layers", "width", "vocabulary")}).parameters()) for make in (
-        side_by_side.make_model, partial(side_by_side.make_model,
-                                         side_by_side.transformers.LlamaForSequenceClassification))]
+    peak = peak_memory(make, steps=4)
+    shape.pop("count")
+    policy, reward_model = (
+        sum(weight.numel() for weight in make_module(kind, **shape).parameters())
+        for kind in (transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification)
+    )
     # The policy with gradients and two moments, reference and proposal; and the reward model.
-    models = 4 * (6 * sizes[0] + sizes[1]) / 2**20
-    phases = {f"{phase}_s": round(statistics.median(x[phase] for x in times[1:]), 4)
-              for phase in PHASES}
+    models = 4 * (6 * policy + reward_model) / 2**20
+    phases = {
+        f"{phase}_s": round(statistics.median(x[phase] for x in times[1:]), 4) for phase in PHASES
+    }
     total = statistics.median(sum(x.values()) for x in times[1:])
     return {"step_s": round(total, 4)} | phases | {"beside_models_mib": round(peak - models)}
 
@@ -69,7 +83,7 @@ def main(args: Args) -> None:
             command = [sys.executable, "-m", "benchmarks.growth", "--point", json.dumps(point)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
             result = json.loads(done.stdout.splitlines()[-1])
-            side_by_side.add("growth", {"varied": size} | point | result | about())
+            add("growth", {"varied": size} | point | result)
 
 
 if __name__ == "__main__":

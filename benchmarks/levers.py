@@ -4,7 +4,7 @@
 
 The model of the other benchmarks; 2 prompts with 8 responses, 4 prompts with 2 for the third shape;
 responses of random lengths, up to the one named. With and without take turns in one process; a
-ratio above 1 says that the idea saves time. Adds a line a lever and shape to
+ratio above 1 says that the idea saves time. Adds a line per lever and shape to
 benchmarks/results/levers.jsonl.
 """
 
@@ -18,9 +18,11 @@ import tyro
 from transformers.cache_utils import DynamicLayer
 
 import common
+import plumbing.cache
+import plumbing.models
 from benchmarks import side_by_side
-from benchmarks.side_by_side import VOCABULARY, make_model, make_ours
-from benchmarks.where import about
+from benchmarks.side_by_side import VOCABULARY, make_policy, make_prompts
+from benchmarks.where import add
 
 SHAPES = ((256, 48, 2, 8), (64, 256, 2, 8), (64, 256, 4, 2))
 
@@ -34,14 +36,12 @@ class Args:
 def make_batch(prompt: int, response: int, count: int, n: int) -> common.Batch:
     """Prompts of one length, responses of random lengths."""
     draw = torch.Generator().manual_seed(1)
-
-    def tokens(length: int) -> list[int]:
-        return torch.randint(2, VOCABULARY, (length,), generator=draw).tolist()
-
     lengths = torch.randint(response // 4, response + 1, (count, n), generator=draw).tolist()
-    prompts = [tokens(prompt) for _ in range(count)]
-    return common.make_batch([common.Prompt("", ids) for ids in prompts], prompts,
-                             [[tokens(x) for x in row] for row in lengths], torch.device("cpu"))
+    responses = [
+        [torch.randint(2, VOCABULARY, (length,), generator=draw).tolist() for length in group]
+        for group in lengths
+    ]
+    return common.Batch(make_prompts(prompt, count), responses)
 
 
 def draw_by_gumbel(vocabulary: int) -> Callable:
@@ -57,17 +57,22 @@ def draw_by_inverse(vocabulary: int) -> Callable:
     def draw():
         cumulative = logprobs.exp().cumsum(1, dtype=torch.float64)
         return torch.searchsorted(cumulative, torch.rand(16, 1, dtype=torch.float64))
+
     return draw
+
+
+def optimizer_step(**options) -> Callable:
+    """A step of AdamW on the weights of the policy."""
+    weights = list(make_policy().parameters())
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    return torch.optim.AdamW(weights, 1e-6, **options).step
 
 
 def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callable]]:
     """(with, without) by name, at one shape."""
-    model, batch = make_ours(), make_batch(*shape)
-    read_rows, prompts, n = common._read_rows, batch.prompts, shape[3]
-    optimizers = [torch.optim.AdamW(make_model().parameters(), 1e-6, **options)
-                  for options in ({"fused": True}, {"foreach": False})]
-    for weight in (w for x in optimizers for g in x.param_groups for w in g["params"]):
-        weight.grad = torch.zeros_like(weight)
+    model, batch = make_policy(), make_batch(*shape)
+    prompts, n = batch.prompts, shape[3]
 
     def update() -> None:
         common.logprobs_and_entropy(model, batch, 1.0)[0].sum().backward()
@@ -80,6 +85,7 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
         def inner() -> None:
             with patched:
                 run()
+
         return inner
 
     def on_one_thread() -> None:
@@ -91,60 +97,66 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
     def width(value: int):
         return patch.object(common, "_row_width", lambda *_: value)
 
-    padded = patch.object(common, "_read_rows", lambda model, batch, fed: read_rows(
-        model, batch, torch.ones_like(fed)))
-    copying = patch.object(common, "_GrowingLayer", lambda size: DynamicLayer())
-    many = patch.object(model, "end_tokens", list(range(1, VOCABULARY * 4 // shape[1])))
-
-    def sample_ends() -> None:
-        with many:
-            sample()
-
+    copying = patch.object(plumbing.cache, "GrowingLayer", lambda slots: DynamicLayer())
+    unturned = patch.object(plumbing.models, "FEW_ROWS", 0)
+    staying = patch.object(common, "MOST_ENDED", 2)
     whole = patch.object(common, "CHUNK", 2**40)
     again = patch.object(common, "MOST_LOGITS", 0)
-    unturned = patch.object(common, "FEW_ROWS", 0)
-    return {
-        "update: rows of the cheapest width, not plain rows": (update, under(width(1), update)),
-        "update: rows of the cheapest width, not all responses in one":
-            (update, under(width(n), update)),
-        "update: rows without gaps": (update, under(padded, update)),
+    many = list(range(1, VOCABULARY * 4 // shape[1]))  # end tokens: lengths of many kinds
+    sample_ends = under(patch.object(model, "end_tokens", many), sample)
+    found = {
+        "update: rows of several responses, not of one": (update, under(width(1), update)),
         "update: the head in chunks of 16 MiB, not at once": (update, under(whole, update)),
         "update: logits kept, not computed again": (update, under(again, update)),
         "update: all threads, not one": (update, on_one_thread),
-        "log-probs: no entropy where none is asked for":
-            (lambda: common.logprobs(model, batch, 1.0),
-             torch.no_grad()(lambda: common.logprobs_and_entropy(model, batch, 1.0))),
-        "sampling: rows of the cheapest width, not plain rows": (sample, under(width(1), sample)),
-        "sampling: rows of the cheapest width, not all responses in one":
-            (sample, under(width(n), sample)),
+        "log-probs: no entropy where none is asked for": (
+            lambda: common.logprobs(model, batch, 1.0),
+            torch.no_grad()(lambda: common.logprobs_and_entropy(model, batch, 1.0)),
+        ),
+        "sampling: rows of several responses, not of one": (sample, under(width(1), sample)),
         "sampling: a cache that copies nothing": (sample, under(copying, sample)),
-        "sampling: responses of many lengths, ended rows leave":
-            (sample_ends, under(patch.object(common, "MOST_ENDED", 2), sample_ends)),
+        "sampling: responses of many lengths, ended rows leave": (
+            sample_ends,
+            under(staying, sample_ends),
+        ),
         "sampling: products of few rows turned": (sample, under(unturned, sample)),
         "sampling: inference mode": (torch.inference_mode()(sample), sample),
-        "draw: inverse transform, not Gumbel noise, vocabulary 8,000":
-            (draw_by_inverse(8_000), draw_by_gumbel(8_000)),
-        "draw: inverse transform, not Gumbel noise, vocabulary 150,000":
-            (draw_by_inverse(150_000), draw_by_gumbel(150_000)),
-        "AdamW: fused, not a loop": tuple(optimizer.step for optimizer in optimizers),
+    }
+    # Where the rule puts all responses of a prompt into one row there is nothing to compare.
+    if common._row_width(model, shape[0], batch.lengths().mean().item(), n) < n:
+        name = "update: rows as wide as the rule says, not of all responses"
+        found[name] = (update, under(width(n), update))
+    if common._row_width(model, shape[0], shape[1] / 2, n) < n:
+        name = "sampling: rows as wide as the rule says, not of all responses"
+        found[name] = (sample, under(width(n), sample))
+    return found
+
+
+def levers_without_shape() -> dict[str, tuple[Callable, Callable]]:
+    """Those that know nothing of prompts and responses."""
+    return {
+        "draw: inverse transform, not Gumbel noise, vocabulary 8,000": (
+            draw_by_inverse(8_000),
+            draw_by_gumbel(8_000),
+        ),
+        "draw: inverse transform, not Gumbel noise, vocabulary 150,000": (
+            draw_by_inverse(150_000),
+            draw_by_gumbel(150_000),
+        ),
+        "AdamW: fused, not a loop": (optimizer_step(fused=True), optimizer_step(foreach=False)),
     }
 
 
 def main(args: Args) -> None:
     """Measures all levers at all shapes."""
     for shape in SHAPES:
-        for name, (after, before) in levers(shape).items():
-            if name.startswith(("draw", "AdamW")) and shape != SHAPES[0]:
-                continue
+        found = levers(shape) | (levers_without_shape() if shape == SHAPES[0] else {})
+        for name, (after, before) in found.items():
             times = side_by_side.take_turns({"with": after, "without": before}, args.repeats)
-            ratios = [b / a for a, b in zip(times["with"], times["without"])]
-            side_by_side.add("levers", {
-                "lever": name, "prompt": shape[0], "response": shape[1], "prompts": shape[2],
-                "samples": shape[3], "ratio": round(statistics.median(ratios), 2),
-                "ratio_least": round(min(ratios), 2), "ratio_most": round(max(ratios), 2),
-                "with_s": round(statistics.median(times["with"]), 5),
-                "without_s": round(statistics.median(times["without"]), 5),
-                "repeats": args.repeats} | about())
+            line = {"lever": name} | dict(zip(("prompt", "response", "prompts", "samples"), shape))
+            line |= side_by_side.ratio(times["with"], times["without"])
+            medians = {f"{side}_s": round(statistics.median(x), 5) for side, x in times.items()}
+            add("levers", line | medians)
 
 
 if __name__ == "__main__":

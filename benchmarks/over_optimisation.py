@@ -2,8 +2,8 @@
 
     python -m benchmarks.over_optimisation
 
-Runs `wind.py` without its KL term and for longer, and writes what the reward model and the gold
-score say at each evaluation to benchmarks/results/over_optimisation.jsonl.
+Runs `wind.py` without its KL term and for longer, and adds what the reward model and the gold score
+say, a line per evaluation, to benchmarks/results/over_optimisation.jsonl.
 """
 
 import json
@@ -12,10 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.where import ROOT, about
+from benchmarks.where import ROOT, add
 from prepare import gold
 
-RESULTS = ROOT / "benchmarks" / "results" / "over_optimisation.jsonl"
 COMMAND = "wind.py --beta 0 --lr 1e-3 --steps 400 --eval-every 40 --seed 1".split()
 
 
@@ -26,14 +25,18 @@ def main() -> None:
         subprocess.run([sys.executable, *COMMAND, "--run-dir", run], cwd=ROOT, check=True)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         judged = {row[0]: row for row in gold.main(gold.Args(str(run)))}
-    where = {"command": "python " + " ".join(COMMAND)} | about()
-    with open(RESULTS, "w") as file:
-        for line in lines:
-            if "eval/reward" in line:
-                _, gold_win_rate, gold_score, _ = judged[line["step"]]
-                file.write(json.dumps({
-                    "step": line["step"], "win_rate": line["eval/win_rate"], "kl": line["eval/kl"],
-                    "gold_win_rate": gold_win_rate, "gold_score": gold_score} | where) + "\n")
+    for line in lines:
+        if "eval/reward" in line:
+            _, gold_win_rate, gold_score, _ = judged[line["step"]]
+            found = {
+                "step": line["step"],
+                "win_rate": line["eval/win_rate"],
+                "kl": line["eval/kl"],
+                "gold_win_rate": gold_win_rate,
+                "gold_score": gold_score,
+                "command": "python " + " ".join(COMMAND),
+            }
+            add("over_optimisation", found)
 
 
 if __name__ == "__main__":

@@ -409,11 +409,11 @@ class Run:
 
         whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = state_dict.get_model_state_dict(policy.module, options=whole)
-        first = {}  # tied weights were gathered once for each of their names
-        for name, part in policy.module.named_parameters(remove_duplicate=False):
-            weights[name] = weights[first.setdefault(id(part), name)]
         if self.rank == 0:
             self.bar.close()
+            first = {}  # tied weights were gathered once for each of their names
+            for name, part in policy.module.named_parameters(remove_duplicate=False):
+                weights[name] = weights[first.setdefault(id(part), name)]
             final, new = self.folder / "final", self.folder / "final.new"
             with self._writing("final/"):
                 self.board.close()

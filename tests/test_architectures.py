@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from models import NARROW, SMALL, make_prompts
+from models import NARROW, SMALL, make_prompts, make_world, save, word_tokenizer
 
+import brain
 import common
 from plumbing.models import Model
 
@@ -12,9 +13,11 @@ GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 FEW = {"num_key_value_heads": 2}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16}
 CASES = {  # name: (model type, configuration, whether it takes shared rows)
     "phi": ("phi", SMALL, True),
     "phi3": ("phi3", SMALL, True),
+    "phi3, windowed": ("phi3", SMALL | {"sliding_window": 4}, True),
     "falcon, rotary": ("falcon", FALCON, True),
     "falcon, ALiBi": ("falcon", FALCON | {"alibi": True}, False),
     "stablelm": ("stablelm", SMALL | {"num_key_value_heads": 4}, True),
@@ -29,11 +32,17 @@ CASES = {  # name: (model type, configuration, whether it takes shared rows)
     ),
     "qwen3_moe": ("qwen3_moe", SMALL | NARROW | EXPERTS, True),
     "mixtral": ("mixtral", SMALL | FEW | {"num_local_experts": 4}, True),
+    "mixtral, windowed": (
+        "mixtral",
+        SMALL | FEW | {"num_local_experts": 4, "sliding_window": 4},
+        True,
+    ),
     "gptj": ("gptj", GPT | {"rotary_dim": 4}, True),
     "gpt_bigcode": ("gpt_bigcode", GPT, True),
     "olmo2": ("olmo2", SMALL, True),
     "granite": ("granite", SMALL | {"logits_scaling": 4.0}, True),
     "starcoder2": ("starcoder2", SMALL | FEW, True),
+    "starcoder2, windowed": ("starcoder2", SMALL | FEW | {"sliding_window": 4}, True),
     "smollm3": ("smollm3", SMALL | FEW, True),
     "glm4": ("glm4", SMALL | NARROW, True),
     "gpt_oss": ("gpt_oss", SMALL | NARROW | {"num_local_experts": 4, "sliding_window": 4}, True),
@@ -50,6 +59,9 @@ CASES = {  # name: (model type, configuration, whether it takes shared rows)
         False,
     ),
     "xglm": ("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}, True),
+    # Layers with a state: it reads a row as one text, and the library keeps it from the padding.
+    "lfm2": ("lfm2", SMALL | FEW | {"layer_types": ["conv", "full_attention"]}, False),
+    "falcon_h1": ("falcon_h1", SMALL | FEW | {"mamba_d_ssm": 64} | STATES, False),
 }
 REFUSED = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2},
@@ -66,10 +78,11 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13]]
 RESPONSES = [[[4, 5, 6, 7, 8, 9, 1], [8, 1]], [[3, 1], [5, 5, 5, 6, 7, 9, 12]]]
 
 
-def make(architecture: str, **config) -> Model:
+def make(architecture: str, vocab_size: int = 24, **config) -> Model:
     """A Model with random weights that are large enough for attention to matter."""
     special = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
-    config = transformers.AutoConfig.for_model(architecture, vocab_size=24, **special | config)
+    config = special | {"vocab_size": vocab_size} | config
+    config = transformers.AutoConfig.for_model(architecture, **config)
     torch.manual_seed(0)
     module = transformers.AutoModelForCausalLM.from_config(config).eval()
     for weight in module.parameters():
@@ -112,11 +125,17 @@ def test_an_architecture_gives_the_numbers_of_a_naive_loop(name, capsys):
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
-def test_a_model_whose_cache_or_padding_cannot_be_served_is_refused(architecture, capsys):
-    """In one line: its states would run through the padding, or its samples be off."""
+def test_a_model_whose_cache_or_padding_cannot_be_served_is_refused(architecture, tmp_path, capsys):
+    """In one line and with exit code 2, before anything is written: its states run through the
+    padding, and its cache is not of keys and values."""
+    args, tokenizer = make_world(tmp_path), word_tokenizer()
+    config = REFUSED[architecture]
+    args.policy = save(tmp_path / "policy", make(architecture, len(tokenizer), **config), tokenizer)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        common._choose_rows("--policy", "x", make(architecture, **REFUSED[architecture]))
-    error = capsys.readouterr().err
-    errors = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(errors) == 1
-    assert "does not give the numbers of single rows" in errors[0]
+        brain.main(args)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert error.startswith(f"error: --policy {args.policy}: a Mamba")
+    assert "does not give the numbers of single rows" in error
+    assert not (tmp_path / "run").exists()

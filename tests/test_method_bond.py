@@ -46,7 +46,7 @@ def kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def jeffreys_minimum(forward: torch.Tensor, target: torch.Tensor, b: float) -> torch.Tensor:
-    """Log of the distribution that minimises (1−b)·KL(forward‖π) + b·KL(π‖target), target unnormalised."""
+    """Log of the π that minimises (1−b)·KL(forward‖π) + b·KL(π‖target), target unnormalised."""
     logits = ((1 - b) * forward + b * target).log_softmax(0).clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits], lr=1, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
@@ -73,7 +73,7 @@ TIED = torch.tensor([1.0, 2.0, 2.0, 3.0, 3.0, 0.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_eq1_is_the_law_of_the_best_of_n(n):
+def test_eq1_is_the_distribution_of_the_best_of_n(n):
     """By enumeration of all n-tuples, the first of equal best ones taken; also the other form."""
     distribution = table(0, 6).log_softmax(0)
     exact = torch.zeros(6, dtype=torch.float64)
@@ -237,7 +237,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("b", [slow_param(0.0), 0.5, slow_param(1.0)])
-def test_j_bond_reaches_its_stationary_law_against_a_frozen_anchor(world, tmp_path, b):
+def test_j_bond_reaches_its_stationary_distribution_against_a_frozen_anchor(world, tmp_path, b):
     """η = 0: the minimum of (1−b)·KL(Bo2‖π) + b·KL(π‖π_a·exp(−log16·(1−p_≤)²))."""
     ref, rewards = all_responses(world, world["policy"])
     target = ref - math.log(16) * (1 - quantiles(ref, rewards)[1]) ** 2
@@ -258,8 +258,11 @@ def test_j_bond_reaches_its_stationary_law_against_a_frozen_anchor(world, tmp_pa
 
 @pytest.mark.parametrize("b", [slow_param(0.0), 0.5, slow_param(1.0)])
 def test_bond_reaches_best_of_n_of_the_start_model(world, tmp_path, b):
-    """--anchor fixed, N = 4: (1) for b = 0, for b > 0 the distribution that the mean of log p̂_≤ over k = 8
-    anchor samples gives. How far that is from (1) is the bias of (5)."""
+    """--anchor fixed, N = 4: (1) for b = 0.
+
+    For b > 0 it is the distribution that the mean of log p̂_≤ over k = 8 anchor samples gives. How
+    far that is from (1) is the bias of (5).
+    """
     ref, rewards = all_responses(world, world["policy"])
     upto, k = quantiles(ref, rewards)[1], 8
     counts = torch.arange(k + 1, dtype=torch.float64)

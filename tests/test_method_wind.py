@@ -125,10 +125,8 @@ def test_eq4_eq5_are_least_where_s_is_the_win_rate(risk):
     gradient of a response vanishes where ψ is g up to a constant, and not where it is else."""
     picks = torch.tensor([0] * 100 + [1] * 200 + [2] * 300 + [3] * 400)
     distribution, rewards = picks.bincount() / 1000.0, torch.tensor([2.0, 0.0, 3.0, 1.0])
-    g, win_rate = (
-        game(rewards) @ distribution.double(),
-        wind.win_rates(rewards[picks][None], risk).double(),
-    )
+    g = game(rewards) @ distribution.double()
+    win_rate = wind.win_rates(rewards[picks][None], risk).double()
     none = torch.zeros(1, 1000, dtype=torch.float64)
 
     def slopes(psi):  # β 1, η large: ψ = log π − log π_ref

@@ -1,0 +1,1 @@
+"""The fault campaign: `python -m benchmarks.faults`; what it does stands in `__main__.py`."""
