@@ -168,7 +168,7 @@ def main(args: Args) -> dict[str, float]:
     else:
         proposal = policy if args.proposal == "policy" else ref
     running = torch.nn.Module()  # checkpoints keep a module's numbers as they keep weights
-    running.register_buffer("z", torch.zeros((), dtype=torch.float64, device=run.device))
+    running.register_buffer("z", torch.zeros(1, dtype=torch.float64, device=run.device))
     models = {"policy": policy, "proposal": proposal, "running": running}
 
     # ── start ──

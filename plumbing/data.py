@@ -71,11 +71,11 @@ def _read_splits(name: str) -> dict:
 def _keep(args, tokenizer, rows, most: int, what: str) -> list[Prompt]:
     """The first `most` usable prompts of `rows`; what is dropped is counted and said."""
     kept, empty, long = [], 0, 0
-    for number, row in enumerate(rows):
+    for number in range(len(rows)):
         if len(kept) == most:
             break
         with explained(f"--dataset {args.dataset}: {what} row {number}"):
-            prompt, reference, chosen, rejected = split_row(row)
+            prompt, reference, chosen, rejected = split_row(rows[number])
             text, tokens = encode_prompt(tokenizer, prompt) if prompt else ("", [])
         answers = [answer for answer in (reference, chosen, rejected) if answer is not None]
         if not tokens or not all(answer.strip() for answer in answers):

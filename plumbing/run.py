@@ -56,8 +56,9 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        # torch.save has words of its own for a full disk, and the system's behind them.
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        # Some libraries have words of their own for a full disk or a bad file; the reason is behind.
+        cause = error.__cause__ or error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else cause
         require(False, f"{what}: {str(cause)[:400] or type(cause).__name__}")
 
 

@@ -6,12 +6,13 @@ Each process writes FOLDER/<rank>.pt: for each check below what it saw.
 """
 
 import copy
+import gc
 import json
 import os
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,6 +48,7 @@ RUNS = {  # of four steps, by name: (script, folder of the world, flags)
     "bond gpt_neox": ("bond", "gpt_neox", {}),
 }
 WORLDS = ["llama", "gpt_neox", "gpt2"]  # gpt2 has tied embeddings
+RESUMED = ["brain", "brain gpt2", "gdc running", "bond"]
 
 
 def make_worlds(folder: Path) -> None:
@@ -112,13 +114,23 @@ def from_a_table(seen: list):
     return sample
 
 
-def in_float64(*inputs, load_module=loading._load_module):
-    """The model of a checkpoint, computing in float64.
+@contextmanager
+def in_float64():
+    """Models that are loaded, and what is computed with them, are in float64 for a while.
 
-    A loss that holds exp of a sum of log-probs amplifies rounding, by how much depends on the
-    processor's kernels. In float64 what is left of it is far below any tolerance here.
+    A loss that holds exp of a sum of log-probs amplifies rounding, and how much of it there is
+    depends on the processor's kernels. In float64 what is left is far below any tolerance here.
     """
-    return load_module(*inputs).double()
+    load_module = loading._load_module
+    torch.set_default_dtype(torch.float64)
+    try:
+        with (
+            patched(loading, "_load_module", lambda *inputs: load_module(*inputs).double()),
+            patched(torch.Tensor, "float", torch.Tensor.double),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Collectives(TorchDispatchMode):
@@ -139,13 +151,21 @@ def size(tensors) -> int:
     return sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes for x in tensors)
 
 
+def alive() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    storages = [(x.to_local() if isinstance(x, DTensor) else x).untyped_storage() for x in tensors]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
 def whole(tensor):
     """A tensor, gathered if it is sharded; a copy."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def train(script, args, before_step=lambda count: None) -> dict:
+def train(script, args, before_step=lambda count: None, precision=in_float64) -> dict:
     """A run on responses from a table: what went into it, each update's gradients, what is sharded."""
     seen, gradients, sharded = [], [], {}
     clip, opened, table = torch.nn.utils.clip_grad_norm_, common.Run.open, from_a_table(seen)
@@ -174,7 +194,7 @@ def train(script, args, before_step=lambda count: None) -> dict:
         patched(common, "sample", sample),
         patched(common.Run, "open", open_),
         patched(common, "_choose_rows", lambda *_: None),
-        patched(loading, "_load_module", in_float64),
+        precision(),
     ):
         result = script.main(args)
     return {"prompts": seen, "gradients": gradients, "result": result, "sharded": sharded}
@@ -247,6 +267,7 @@ def check_shards(folder: Path, rank: int) -> dict:
 PROMPTS = [common.Prompt(str(row), row) for row in ([5, 6, 7, 8], [9, 10], [11, 12, 13])]
 
 
+@in_float64()
 def check_sampling(folder: Path, rank: int) -> dict:
     """The sharded policy, after an update, against its own weights in a plain model: tokens, their
     log-probs, and the collectives of 3 and of 30 tokens."""
@@ -268,12 +289,14 @@ def check_sampling(folder: Path, rank: int) -> dict:
         with torch.no_grad():
             for weight, new in zip(plain.parameters(), policy.parameters()):
                 weight.copy_(whole(new))
-        counts = {}
+        counts, kept = {}, []
         for model, name in ((policy, "policy"), (ref, "ref")):
             for tokens in (3, 30):
+                before = alive()
                 with Collectives() as seen_here:
                     batch = common.sample(model, PROMPTS[rank:], 4, tokens, 1.0, 3)
                 counts[name, tokens] = seen_here.counts
+                kept.append(alive() - before)
             if name == "policy":
                 theirs = common.sample(plain, PROMPTS[rank:], 4, 30, 1.0, 3)
                 tokens = batch.responses == theirs.responses
@@ -288,6 +311,7 @@ def check_sampling(folder: Path, rank: int) -> dict:
                     "counts": counts,
                 }
         seen[world]["freed"] = all(isinstance(p, DTensor) for p in policy.parameters())
+        seen[world]["kept"] = kept
     return seen
 
 
@@ -300,6 +324,7 @@ def check_early_end(folder: Path, rank: int) -> list[int]:
     return [*batch.lengths().shape, int(batch.lengths().max())]
 
 
+@in_float64()
 def check_plain_rows(folder: Path, rank: int) -> list:
     """Log-probs and gradients of a policy that cannot share rows, and of one that does."""
     seen = []
@@ -313,6 +338,7 @@ def check_plain_rows(folder: Path, rank: int) -> list:
     return seen
 
 
+@in_float64()
 def check_many_chunks(folder: Path, rank: int) -> list:
     """The same with the vocabulary head in one chunk, and in chunks that are computed again."""
     seen = []
@@ -359,15 +385,15 @@ def check_bfloat16(folder: Path, rank: int) -> list:
 
 
 def check_resume(folder: Path, rank: int) -> None:
-    """brain.py and bond.py, broken off and resumed: from two processes on two, from one on two."""
-    for name in ("brain", "bond"):
+    """Runs that are broken off and resumed: from two processes on two, from one on two."""
+    for name in RESUMED:
         stop_after(2, *args_of(folder, name, folder / f"two broken {name}"))
         dist.barrier()
         if rank == 0:
             shutil.copytree(folder / f"two broken {name}", folder / f"two to one {name}")
         dist.barrier()
         for kind in ("two broken", "one to two"):
-            resume(SCRIPTS[name], folder / f"{kind} {name}")
+            resume(SCRIPTS[RUNS[name][0]], folder / f"{kind} {name}")
 
 
 def check_ctrl_c(folder: Path, rank: int):
@@ -378,7 +404,8 @@ def check_ctrl_c(folder: Path, rank: int):
             os.kill(os.getpid(), signal.SIGINT)
 
     try:
-        train(*args_of(folder, "dpo", folder / "two ctrl-c", pairs="sampled"), before_step=press)
+        flags = args_of(folder, "dpo", folder / "two ctrl-c", pairs="sampled")
+        train(*flags, before_step=press, precision=nullcontext)
     except SystemExit as stop:
         return stop.code
 

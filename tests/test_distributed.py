@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     """Worlds, and the runs of two processes beside those of one."""
     path = tmp_path_factory.mktemp("ranks")
     ranks.make_worlds(path)
-    for name in ("brain", "bond"):
+    for name in ranks.RESUMED:
         ranks.stop_after(2, *ranks.args_of(path, name, path / f"one to two {name}"))
     done = subprocess.run(
         [*LAUNCH, "tests/ranks.py", str(path)],
@@ -223,7 +223,7 @@ def test_final_is_a_checkpoint_of_the_whole_policy(name, folder, both, alone):
 
 
 # ── resume ──
-@pytest.mark.parametrize("name", ["brain", "bond"])
+@pytest.mark.parametrize("name", ranks.RESUMED)
 def test_two_processes_resume_bit_equal(name, folder, both):
     """Weights, moments, proposal or anchor, log and samples of a run broken off at step 2."""
     run, other = folder / f"two broken {name}", folder / f"two {name} 0"
@@ -236,7 +236,7 @@ def test_two_processes_resume_bit_equal(name, folder, both):
     assert same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["brain", "bond"])
+@pytest.mark.parametrize("name", ranks.RESUMED)
 def test_two_resume_on_one_and_one_on_two(name, folder, both, alone):
     """The same batches in either case, so the same run but for rounding."""
     ranks.resume(ranks.SCRIPTS[ranks.RUNS[name][0]], folder / f"two to one {name}")
