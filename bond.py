@@ -16,8 +16,7 @@ J-BOND (--anchor ema) is the step for N = 2 with two anchor samples y′ and an 
     L      = (3) + (4) + γ·log π_θ(y)·ℓ                                                      (7)
     anchor ← (1−η)·anchor + η·policy, after every optimizer step                             (8)
 
---anchor fixed is BOND, (3) and (4) with (5), the anchor is the start model; --anchor copy renews it
-every 1/η steps (iterative BOND).
+--anchor fixed is BOND, (3) and (4) with (5); copy renews the anchor every 1/η steps (iterative).
 
 P prompts per step; per prompt N samples of the policy (not the N above, which is --best-of) and k
 of the anchor. Log-probs are sums over the tokens of a response, end token included, in nats at the
@@ -196,24 +195,13 @@ def main(args: Args) -> dict[str, float]:
     for step in range(done + 1, args.steps + 1):
         # ── sample ──
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
+        n, most_tokens = args.samples_per_prompt, args.max_response_tokens
+        seed = common.seed_of(args.seed, step, run.rank)
         started = run.clock()
-        batch = common.sample(
-            policy,
-            prompts,
-            args.samples_per_prompt,
-            args.max_response_tokens,
-            args.temperature,
-            common.seed_of(args.seed, step, run.rank),
-        )
-        anchor_batch = common.sample(
-            anchor,
-            prompts,
-            args.anchor_samples,
-            args.max_response_tokens,
-            args.temperature,
-            common.seed_of(args.seed, "anchor", step, run.rank),
-        )
-        batch = batch.beside(anchor_batch)
+        batch = common.sample(policy, prompts, n, most_tokens, args.temperature, seed)
+        k, seed = args.anchor_samples, common.seed_of(args.seed, "anchor", step, run.rank)
+        drawn = common.sample(anchor, prompts, k, most_tokens, args.temperature, seed)
+        batch = batch.beside(drawn)
 
         # ── score ──
         sampled = run.clock()
@@ -221,7 +209,6 @@ def main(args: Args) -> dict[str, float]:
         scored = run.clock()
 
         # ── targets ──
-        n = args.samples_per_prompt
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         anchor_logprobs = common.logprobs(anchor, batch, args.temperature, args.micro_batch)
         proposal_logprobs = common.logprobs(policy, batch, args.temperature, args.micro_batch)

@@ -525,7 +525,8 @@ def _choose_rows(flag: str, name: str, model: Model) -> None:
     """
     vocabulary, pad = model.config.vocab_size, model.config.pad_token_id
     ids = [i for i in (k * k % vocabulary for k in range(5, 60)) if i != pad]
-    logits = model.module(torch.tensor([ids[:8]], device=model.device)).logits
+    with explained(f"{flag} {name}"):
+        logits = model.module(torch.tensor([ids[:8]], device=model.device)).logits
     require(logits.isfinite().all(), f"{flag} {name}: its weights give NaN or infinity")
     allowed = 1e-3 if model.module.dtype == torch.float32 else 0.25
     for model.shared_rows in (True, False):

@@ -171,21 +171,14 @@ def main(args: Args) -> dict[str, float]:
     for step in range(done + 1, args.steps + 1):
         # ── sample ──
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
+        n, most_tokens = args.samples_per_prompt, args.max_response_tokens
+        seed = common.seed_of(args.seed, step, run.rank)
         started = run.clock()
         if args.pairs == "sampled":
-            batch = common.sample(
-                ref,
-                prompts,
-                args.samples_per_prompt,
-                args.max_response_tokens,
-                args.temperature,
-                common.seed_of(args.seed, step, run.rank),
-            )
+            batch = common.sample(ref, prompts, n, most_tokens, args.temperature, seed)
         else:
             texts = [[prompt.chosen, prompt.rejected] for prompt in prompts]
-            batch = common.encode_responses(
-                tokenizer, policy, prompts, texts, args.max_response_tokens
-            )
+            batch = common.encode_responses(tokenizer, policy, prompts, texts, most_tokens)
 
         # ── score ──
         sampled = run.clock()
@@ -201,9 +194,7 @@ def main(args: Args) -> dict[str, float]:
             tied = torch.tensor(tied, device=run.device)
         if args.loss == "slic":
             texts = [[prompt.reference] for prompt in prompts]
-            references = common.encode_responses(
-                tokenizer, policy, prompts, texts, args.max_response_tokens
-            )
+            references = common.encode_responses(tokenizer, policy, prompts, texts, most_tokens)
             batch = batch.beside(references)
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = ref_logprobs

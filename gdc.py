@@ -184,15 +184,10 @@ def main(args: Args) -> dict[str, float]:
     for step in range(done + 1, args.steps + 1):
         # ── sample ──
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
+        n, most_tokens = args.samples_per_prompt, args.max_response_tokens
+        seed = common.seed_of(args.seed, step, run.rank)
         started = run.clock()
-        batch = common.sample(
-            proposal,
-            prompts,
-            args.samples_per_prompt,
-            args.max_response_tokens,
-            args.temperature,
-            common.seed_of(args.seed, step, run.rank),
-        )
+        batch = common.sample(proposal, prompts, n, most_tokens, args.temperature, seed)
 
         # ── score ──
         sampled = run.clock()
@@ -241,14 +236,8 @@ def main(args: Args) -> dict[str, float]:
         # ── renew ──
         tested = {}
         if args.proposal == "adaptive" and step % args.test_every == 0:
-            fresh = common.sample(
-                proposal,
-                prompts,
-                args.samples_per_prompt,
-                args.max_response_tokens,
-                args.temperature,
-                common.seed_of(args.seed, "test", step, run.rank),
-            )
+            seed = common.seed_of(args.seed, "test", step, run.rank)
+            fresh = common.sample(proposal, prompts, n, most_tokens, args.temperature, seed)
             fresh_rewards = common.score(reward_model, fresh, args.micro_batch)
             start = common.logprobs(ref, fresh, args.temperature, args.micro_batch)
             old = common.logprobs(proposal, fresh, args.temperature, args.micro_batch)

@@ -198,15 +198,10 @@ def main(args: Args) -> dict[str, float]:
     for step in range(done + 1, args.steps + 1):
         # ── sample ──
         prompts = common.pick(train_prompts, step, args, run.rank, run.world)
+        n, most_tokens = args.samples_per_prompt, args.max_response_tokens
+        seed = common.seed_of(args.seed, step, run.rank)
         started = run.clock()
-        batch = common.sample(
-            proposal,
-            prompts,
-            args.samples_per_prompt,
-            args.max_response_tokens,
-            args.temperature,
-            common.seed_of(args.seed, step, run.rank),
-        )
+        batch = common.sample(proposal, prompts, n, most_tokens, args.temperature, seed)
 
         # ── score ──
         sampled = run.clock()

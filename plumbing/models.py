@@ -31,7 +31,7 @@ class Model(torch.nn.Module):
         self.shared_rows = True  # all responses in one row with their prompt; else plain rows
         self.mixed = False  # float32 weights that compute in bfloat16
         self.config = module.config.get_text_config()
-        self.context = _known(self.config, "max_position_embeddings")  # tokens, or None: no limit
+        self.context = _context(self.config)  # tokens, or None: no limit
         self.window = _known(self.config, "sliding_window")  # tokens a windowed layer looks back
         self.layer_types = _known(self.config, "layer_types")  # which are windowed, if not all
         # What some models do to their logits behind the head: Cohere, Granite, Gemma.
@@ -61,6 +61,15 @@ class Model(torch.nn.Module):
 def _known(config, name: str):
     """A value of a configuration, under the name that all architectures share, or None."""
     return getattr(config, name, None)
+
+
+def _context(config) -> int | None:
+    """How many tokens a model can read. Beyond the original length of a longrope model its numbers
+    would depend on the longest row of the batch."""
+    rope = _known(config, "rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return _known(config, "max_position_embeddings")
 
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
@@ -119,7 +128,7 @@ def load_causal_lm(args, tokenizer, device: torch.device) -> Model:
     flag, name = "--policy", args.policy
     config = _load_config(flag, name).get_text_config()
     need = args.max_prompt_tokens + args.max_response_tokens
-    limit = _known(config, "max_position_embeddings") or need
+    limit = _context(config) or need
     require(
         need <= limit,
         f"{flag} {name}: its context of {limit} tokens is shorter than --max-prompt-tokens + "

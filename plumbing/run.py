@@ -56,7 +56,7 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        # Some libraries have words of their own for a full disk or a bad file; the reason is behind.
+        # Libraries have words of their own for a full disk or a bad file; the reason is behind.
         cause = error.__cause__ or error
         cause = error.__context__ if isinstance(error.__context__, OSError) else cause
         require(False, f"{what}: {str(cause)[:400] or type(cause).__name__}")

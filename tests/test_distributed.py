@@ -64,16 +64,18 @@ def alone(folder):
     }
 
 
-def assert_close(ours, theirs, atol=1e-5):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-5)
+def assert_close(ours, theirs):
+    """To 1e-5. In float64 they differ by about 1e-14; where transformers itself computes in float32,
+    as in its norms, a last bit may flip, which is 1e-7."""
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def assert_logs_agree(run: Path, other: Path, atol: float) -> None:
+def assert_logs_agree(run: Path, other: Path) -> None:
     """Every metric of every step, and every sample: only times and memory may differ."""
     for ours, theirs in zip(comparable(run), comparable(other), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            assert ours[key] == pytest.approx(value, rel=atol, abs=atol), key
+            assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
     for ours, theirs in zip(
         read_log(run / "samples.jsonl"), read_log(other / "samples.jsonl"), strict=True
     ):
@@ -96,7 +98,7 @@ def test_gradients_losses_and_metrics_are_those_of_one_process(name, folder, bot
             for mine, whole in zip(update, parameters, strict=True):
                 assert_close(mine, whole)
         assert seen["check_runs"][name]["result"] == pytest.approx(alone[name]["result"], abs=1e-5)
-    assert_logs_agree(folder / f"two {name} 0", folder / f"one {name}", 1e-5)
+    assert_logs_agree(folder / f"two {name} 0", folder / f"one {name}")
 
 
 @pytest.mark.parametrize("name", ranks.RUNS)
@@ -126,7 +128,7 @@ def test_a_policy_on_plain_rows_and_a_head_in_chunks(both):
     for seen in both:
         for check in ("check_plain_rows", "check_many_chunks"):
             for ours, theirs in zip(*seen[check], strict=True):
-                assert_close(ours, theirs, atol=1e-4)
+                assert_close(ours, theirs)
                 assert theirs.abs().max() > 0
 
 
@@ -181,7 +183,8 @@ def test_sampling_gathers_once(world, both):
             short, long = (this["counts"][model, tokens] for tokens in (3, 30))
             assert short == long and any("allgather" in name for name in long)
         assert this["tokens"] and this["freed"]
-        assert this["drawn"] < 1e-5 and this["logprobs"] < 1e-4
+        assert this["drawn"] < 1e-5 and this["logprobs"] < 1e-5
+        assert max(this["kept"]) < 1000  # bytes: the samples; the weights are more than 100 000
 
 
 def test_a_rank_that_ends_early_does_not_wait(both):
@@ -241,16 +244,17 @@ def test_two_resume_on_one_and_one_on_two(name, folder, both, alone):
     """The same batches in either case, so the same run but for rounding."""
     ranks.resume(ranks.SCRIPTS[ranks.RUNS[name][0]], folder / f"two to one {name}")
     for kind in ("two to one", "one to two"):
-        assert_logs_agree(folder / f"{kind} {name}", folder / f"one {name}", 2e-5)
+        assert_logs_agree(folder / f"{kind} {name}", folder / f"one {name}")
         ours, theirs = (
             torch.load(folder / f"{x} {name}" / "checkpoint" / "state.pt", weights_only=True)
             for x in (kind, "one")
         )
-        groups = [x["optimizer"].pop("param_groups")[0] for x in (ours, theirs)]
-        assert groups[0]["params"] == groups[1]["params"] and groups[0]["lr"] == groups[1]["lr"]
+        # As JSON: what was resumed holds AdamW's betas as a list in place of a tuple.
+        groups = [json.dumps(x["optimizer"].pop("param_groups")) for x in (ours, theirs)]
+        assert groups[0] == groups[1]
         assert ours.keys() == theirs.keys() and ours["format"] == theirs["format"]
         for part in set(ours) - {"run", "step", "format"}:
-            torch.testing.assert_close(ours[part], theirs[part], atol=1e-4, rtol=1e-4)
+            assert_close(ours[part], theirs[part])
 
 
 def test_ctrl_c_heard_by_one_rank_stops_both_after_the_same_step(folder, both):

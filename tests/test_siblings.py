@@ -84,20 +84,26 @@ def shared_parts(script) -> dict[str, str]:
     return {name: text.rstrip() for name, text in shared.items()}
 
 
-def statements(path: Path) -> list[str]:
-    """The lines of a file that are neither blank nor a comment."""
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+def docstring_lines(path: Path) -> set[int]:
+    """The numbers of the lines that docstrings take."""
+    lines = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines |= set(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def code_lines(path: Path) -> list[int]:
+    """The numbers of the lines that hold code: no blank lines, comments or docstrings."""
+    lines = enumerate(path.read_text().splitlines(), 1)
+    code = [number for number, line in lines if line.strip() and line.strip()[0] != "#"]
+    return [number for number in code if number not in docstring_lines(path)]
 
 
 def tokens_per_line(path: Path) -> float:
-    """Python's tokens per line of code; docstrings are not code."""
-    source = path.read_text()
-    docstrings = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            docstrings |= set(range(node.lineno, node.end_lineno + 1))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    """Python's tokens per line of code."""
+    docstrings = docstring_lines(path)
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
     at = [token.start[0] for token in tokens if token.type not in NO_TOKENS]
     at = [line for line in at if line not in docstrings]
     return len(at) / max(1, len(set(at)))
@@ -137,10 +143,10 @@ def test_budget_of_differences(first, second):
     assert differing_lines(first, second) <= 110
 
 
-@pytest.mark.parametrize("paths, most", [(SHARED_FILES[:1], 500), (PLUMBING, 720)])
+@pytest.mark.parametrize("paths, most", [(SHARED_FILES[:1], 450), (PLUMBING, 700)])
 def test_budget_of_what_is_shared(paths, most):
-    """Lines that are neither blank nor a comment: of common.py, and of plumbing/ in all."""
-    assert sum(len(statements(path)) for path in paths) <= most
+    """Lines of code, of common.py and of plumbing/ in all; comments and docstrings are free."""
+    assert sum(len(code_lines(path)) for path in paths) <= most
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=[str(path.relative_to(ROOT)) for path in PRODUCT])
