@@ -6,15 +6,15 @@ A line that is changed counts once; docstrings are left out. Prints the README's
 """
 
 import difflib
-from pathlib import Path
+
+from analyze.tables import ROOT, table
 
 NAMES = ["brain", "gdc", "dpo", "wind", "bond"]
 
 
 def code(name: str) -> list[str]:
     """The lines of a script behind its docstring."""
-    path = Path(__file__).resolve().parent.parent / f"{name}.py"
-    return path.read_text().split('"""', 2)[2].splitlines()
+    return (ROOT / f"{name}.py").read_text().split('"""', 2)[2].splitlines()
 
 
 def differing_lines(first: str, second: str) -> int:
@@ -25,12 +25,11 @@ def differing_lines(first: str, second: str) -> int:
 
 def main() -> None:
     """Prints the table."""
-    print("| | lines | " + " | ".join(f"`{name}.py`" for name in NAMES) + " |")
-    print("|---|" + "---|" * (len(NAMES) + 1))
-    for first in NAMES:
-        cells = [str(differing_lines(first, second)) if NAMES.index(first) < NAMES.index(second)
-                 else "" for second in NAMES]
-        print(f"| `{first}.py` | {len(code(first))} | " + " | ".join(cells) + " |")
+    rows = []
+    for place, first in enumerate(NAMES):
+        cells = [differing_lines(first, second) for second in NAMES[place + 1 :]]
+        rows.append([f"`{first}.py`", len(code(first)), *[""] * (place + 1), *cells])
+    print(table(["", "lines", *(f"`{name}.py`" for name in NAMES)], rows))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def name_of(line: dict) -> str:
 
 
 def counts(faults: list[dict]) -> list[list[object]]:
-    """A row a fault, `survived of tried` a script."""
+    """One row per fault, `survived of tried` per script."""
     tried, survived = defaultdict(Counter), defaultdict(Counter)
     for line in faults:
         name = name_of(line)
@@ -72,7 +72,7 @@ def counts(faults: list[dict]) -> list[list[object]]:
 
 
 def said(faults: list[dict]) -> list[list[object]]:
-    """What the run says, once a fault."""
+    """What the run says, once per fault."""
     lines = {}
     for fault in faults:
         line = (fault["seen"].get("line") or "").strip()
@@ -142,7 +142,7 @@ def main() -> None:
         "strings of 1 MB, up to 100,000 levels of nesting, lines cut or mixed with bytes of "
         "chance, messages without role or content, roles that the template refuses. Each must "
         "end in prompts, with every row accounted for, or in one line, exit code 2, that names "
-        "file and line (or, where no single line is at fault, the file). No traceback.\n"
+        "`--dataset` and the file. No traceback.\n"
     )
     print(table(["outcome", "files"], [[k, f"{v:,}"] for x in data for k, v in x["seen"].items()]))
     print(commands(data))

@@ -3,12 +3,12 @@
     python -m benchmarks.long_run [--scripts brain gdc dpo wind bond] [--steps 2000]
 
 Watches a forked run from outside (resident memory and open files, ten times a second) and reads its
-own times a step. The step size is tiny, so that the work of a step does not change; it evaluates
+own times per step. The step size is tiny, so that the work of a step does not change; it evaluates
 and saves every 100 steps. The speed of a shared machine changes within a minute; so the last 100
 steps are compared with the first 100 of a second, fresh run, which starts shortly before the end of
-the first and shares its moment. Adds a line a script to benchmarks/results/long_run.jsonl: the
+the first and shares its moment. Adds one line per script to benchmarks/results/long_run.jsonl: the
 slope of the resident memory after the first tenth of the steps, the median of the open files in the
-first and in the last quarter, and median seconds a step of those first and last 100 steps.
+first and in the last quarter, and median seconds per step of those first and last 100 steps.
 """
 
 import json
@@ -43,7 +43,7 @@ class Args:
     scripts: tuple[str, ...] = tuple(SCRIPTS)
     """which scripts"""
     steps: int = 2000
-    """steps a script"""
+    """steps per script"""
     results: Path = ROOT / "benchmarks" / "results" / "long_run.jsonl"
     """file the lines are added to"""
 

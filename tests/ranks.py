@@ -1,8 +1,8 @@
 """What tests/test_distributed.py runs in two processes at once, and for comparison in one.
 
-    torchrun --standalone --nproc-per-node 2 tests/ranks.py FOLDER
+    torchrun --standalone --nproc-per-node 2 tests/ranks.py FOLDER [CHECK ...]
 
-Each process writes FOLDER/<rank>.pt: for each check below what it saw.
+Each process writes FOLDER/<rank>.pt: for each check below, or each that is named, what it saw.
 """
 
 import copy
@@ -396,6 +396,30 @@ def check_resume(folder: Path, rank: int) -> None:
             resume(SCRIPTS[RUNS[name][0]], folder / f"{kind} {name}")
 
 
+def check_unused_weight(folder: Path, rank: int) -> list:
+    """(steps done, whole weights, moments) of a policy with a weight that no pass uses, as the vision
+    tower of some causal LMs: after an update, and restored from its checkpoint."""
+    seen, run_dir = [], str(folder / "two unused")
+    for resume_from in ("", run_dir):
+        sft = str(folder / "llama" / "sft")
+        args = brain.Args(policy=sft, run_dir=run_dir, resume=resume_from, max_prompt_tokens=16)
+        run = common.Run(args, brain.__file__)
+        policy = common.load_policy(run, common.load_tokenizer("--policy", sft))
+        policy.module.unused = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW(common.shard(policy).parameters(), 1e-2, fused=True)
+        done = run.open({"policy": policy}, optimizer)
+        if not resume_from:
+            batch = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
+            common.logprobs_and_entropy(policy, batch, 1.0)[0].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.save(1)
+        used = [p for p in policy.parameters() if len(p) != 3]
+        moments = [whole(x) for p in used for x in optimizer.state[p].values()]
+        seen.append((done, [whole(p) for p in policy.parameters()], moments))
+    return seen
+
+
 def check_ctrl_c(folder: Path, rank: int):
     """Rank 1 alone hears of it, in step 2; how the process ends."""
 
@@ -454,13 +478,13 @@ def check_log(folder: Path, rank: int) -> None:
     )
 
 
-def main(folder: Path) -> None:
-    """Runs all checks; an exception is what a check saw."""
+def main(folder: Path, wanted: list[str]) -> None:
+    """Runs the wanted checks, or all of them if none is named."""
     torch.set_num_threads(1)
     dist.init_process_group(timeout=timedelta(seconds=60))  # a deadlock ends in an error
     rank, seen = dist.get_rank(), {}
     for name, check in list(globals().items()):
-        if name.startswith("check_"):
+        if name.startswith("check_") and (not wanted or name in wanted):
             seen[name] = check(folder, rank)
             print(f"rank {rank}: {name}", file=sys.stderr, flush=True)
     torch.save(seen, folder / f"{rank}.pt")
@@ -468,4 +492,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -76,7 +76,7 @@ def shared_parts(script) -> dict[str, str]:
     sections = dict(zip(parts[::2], parts[1::2]))
     shared = {name: sections[name] for name in SHARED_SECTIONS}
     shared["fields"], shared["head of main"] = fields, head
-    shared["start of sample"] = "\n".join(sections["sample"].splitlines()[:2])
+    shared["start of sample"] = sections["sample"].split("started = ")[0]
     before_loss, behind = sections["update"].split("part_loss = ")
     behind = behind[behind.index("common.require_finite(") :]
     shared["update, before the loss"] = before_loss
@@ -95,9 +95,10 @@ def docstring_lines(path: Path) -> set[int]:
 
 def code_lines(path: Path) -> list[int]:
     """The numbers of the lines that hold code: no blank lines, comments or docstrings."""
+    docstrings = docstring_lines(path)
     lines = enumerate(path.read_text().splitlines(), 1)
     code = [number for number, line in lines if line.strip() and line.strip()[0] != "#"]
-    return [number for number in code if number not in docstring_lines(path)]
+    return [number for number in code if number not in docstrings]
 
 
 def tokens_per_line(path: Path) -> float:

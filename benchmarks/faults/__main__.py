@@ -41,11 +41,11 @@ class Args:
     scripts: tuple[str, ...] = tuple(SCRIPTS)
     """which scripts"""
     kills: int = 32
-    """kills a script"""
+    """kills per script"""
     faults: tuple[str, ...] = ("kills", "disk", "files", "processes", "clock", "numbers", "data")
     """which faults"""
     flips: int = 20
-    """checkpoints with one flipped bit, a script"""
+    """checkpoints with one flipped bit, per script"""
     inputs: int = 5000
     """hostile data files"""
     seed: int = 1

@@ -97,7 +97,7 @@ def stopped_at_once(world: World, name: str) -> Outcome:
 
 
 def clock(world: World) -> Iterator[Outcome]:
-    """A wall clock that goes back an hour a call, during a run and its continuation."""
+    """A wall clock that goes back an hour per call, during a run and its continuation."""
 
     def backwards():
         hours, real = itertools.count(), time.time

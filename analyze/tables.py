@@ -1,0 +1,27 @@
+"""What the tables of the docs share: raw lines of results, and Markdown."""
+
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name: str, *keys: str) -> list[dict]:
+    """Lines of a raw file, the last one for each combination of `keys`."""
+    path = RESULTS / f"{name}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list({tuple(line[key] for key in keys): line for line in lines}.values())
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def median_and_range(values: list[float], digits: int) -> str:
+    """Median (least to largest)."""
+    least, middle, most = (f"{f(values):.{digits}f}" for f in (min, statistics.median, max))
+    return f"{middle} ({least} to {most})"
