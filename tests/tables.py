@@ -16,6 +16,11 @@ import common
 WORDS = ["a", "b"]
 
 
+def slow(value):
+    """A parameter whose test is long; plain `pytest` leaves it out."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def table(seed: int, *shape: int) -> torch.Tensor:
     """Random numbers in float64."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

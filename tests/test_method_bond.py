@@ -12,6 +12,7 @@ from tables import (
     expectation,
     gradient,
     make_small_world,
+    slow,
     table,
     train,
 )
@@ -20,11 +21,6 @@ import bond
 import common
 
 ALONE = SimpleNamespace(world=1, average=lambda mean: mean)
-
-
-def slow_param(value):
-    """A parameter whose test takes half a minute."""
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def quantiles(distribution: torch.Tensor, rewards: torch.Tensor):
@@ -236,7 +232,7 @@ def world(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("b", [slow_param(0.0), 0.5, slow_param(1.0)])
+@pytest.mark.parametrize("b", [slow(0.0), 0.5, slow(1.0)])
 def test_j_bond_reaches_its_stationary_distribution_against_a_frozen_anchor(world, tmp_path, b):
     """η = 0: the minimum of (1−b)·KL(Bo2‖π) + b·KL(π‖π_a·exp(−log16·(1−p_≤)²))."""
     ref, rewards = all_responses(world, world["policy"])
@@ -256,7 +252,8 @@ def test_j_bond_reaches_its_stationary_distribution_against_a_frozen_anchor(worl
     assert distance(ref, goal) > 0.1 and distance(after, goal) < 0.02
 
 
-@pytest.mark.parametrize("b", [slow_param(0.0), 0.5, slow_param(1.0)])
+@pytest.mark.slow
+@pytest.mark.parametrize("b", [0.0, 0.5, 1.0])
 def test_bond_reaches_best_of_n_of_the_start_model(world, tmp_path, b):
     """--anchor fixed, N = 4: (1) for b = 0.
 

@@ -15,6 +15,7 @@ from tables import (
     gradient,
     make_small_world,
     posterior,
+    slow,
     table,
 )
 
@@ -224,7 +225,7 @@ def world(tmp_path_factory):
     return brain.Args(**make_small_world(tmp_path_factory.mktemp("enumerable")) | {"beta": 2.5})
 
 
-@pytest.mark.parametrize("refresh", [0, 20])
+@pytest.mark.parametrize("refresh", [slow(0), 20])
 def test_the_loop_reaches_the_posterior(world, tmp_path, refresh):
     """From the start model main() comes within 0.02 in total variation of (T); the
     proposal fixed or renewed."""

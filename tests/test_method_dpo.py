@@ -143,6 +143,7 @@ def world(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_the_loop_reaches_the_target_with_bradley_terry_labels(world, tmp_path, monkeypatch):
     """main() comes within 0.02 of p·exp(r/τ)/Z in total variation when two samples are labelled
     with Bradley-Terry noise in place of best against worst."""

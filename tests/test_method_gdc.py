@@ -13,6 +13,7 @@ from tables import (
     make_small_world,
     posterior,
     samplers,
+    slow,
     table,
     train,
 )
@@ -166,10 +167,10 @@ def world(tmp_path_factory):
     "more",
     [
         {"max_response_tokens": 2},
-        {"proposal": "sft"},
-        {"proposal": "policy", "baseline": "none", "samples_per_prompt": 256, "lr": 1e-3},
+        slow({"proposal": "sft"}),
+        slow({"proposal": "policy", "baseline": "none", "samples_per_prompt": 256, "lr": 1e-3}),
         {"normalizer": "running", "proposal": "policy"},
-        {"normalizer": "running", "baseline": "none", "samples_per_prompt": 256, "lr": 1e-3},
+        slow({"normalizer": "running", "baseline": "none", "samples_per_prompt": 256, "lr": 1e-3}),
     ],
 )
 def test_the_loop_reaches_the_target(world, tmp_path, more):

@@ -12,6 +12,7 @@ from tables import (
     gradient,
     make_small_world,
     samplers,
+    slow,
     table,
     train,
 )
@@ -266,7 +267,7 @@ def test_eq4_eq5_pull_back_from_both_sides(risk, win_rate):
         assert math.isfinite(slope) and (slope > 0) == (s > 1)
 
 
-@pytest.mark.parametrize("risk", ["square", "kl", "nce"])
+@pytest.mark.parametrize("risk", ["square", slow("kl"), slow("nce")])
 def test_the_loop_reaches_the_equilibrium(world, tmp_path, risk):
     """main() comes within 0.02 in total variation of π* ∝ π_ref·exp(g_π*/β)."""
     ref, rewards = all_responses(world, world["policy"])
