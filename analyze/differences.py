@@ -19,8 +19,12 @@ def code(name: str) -> list[str]:
 
 def differing_lines(first: str, second: str) -> int:
     """Lines that are not the same in both."""
-    blocks = difflib.SequenceMatcher(None, code(first), code(second), False).get_opcodes()
-    return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in blocks if tag != "equal")
+    matcher = difflib.SequenceMatcher(None, code(first), code(second), autojunk=False)
+    count = 0
+    for tag, begin, end, other_begin, other_end in matcher.get_opcodes():
+        if tag != "equal":
+            count += max(end - begin, other_end - other_begin)
+    return count
 
 
 def main() -> None:

@@ -118,9 +118,8 @@ def against_disco() -> str:
 
 def default_runs() -> str:
     """Section on whole processes, before the ideas of this page and with them."""
-    before, after, again = (
-        read(name, "command") for name in ("default_run_before", "default_run", "default_run_quiet")
-    )
+    before, after = read("default_run_before", "command"), read("default_run", "command")
+    again = read("default_run_quiet", "command")
     rows = []
     for script in dict.fromkeys(line["command"].split()[1] for line in before):
         times = [

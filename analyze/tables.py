@@ -23,5 +23,5 @@ def table(head: list[str], rows: list[list]) -> str:
 
 def median_and_range(values: list[float], digits: int) -> str:
     """Median (least to largest)."""
-    least, middle, most = (f"{f(values):.{digits}f}" for f in (min, statistics.median, max))
-    return f"{middle} ({least} to {most})"
+    middle = statistics.median(values)
+    return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -52,7 +52,7 @@ class Process:
     def __init__(
         self, script: str, flags: dict[str, object], prepare=None, patience: float = PATIENCE
     ):
-        self.said, self.errors = (tempfile.TemporaryFile("w+") for _ in range(2))
+        self.said, self.errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         self.began, self.patience = time.perf_counter(), patience
         sys.stdout.flush()
         self.code, self.pid = None, os.fork()

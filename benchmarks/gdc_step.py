@@ -96,10 +96,11 @@ def disco_step(prompt: int, response: int, lengths: list[int], detect_anomaly: b
     from disco.tuners.losses import KLLoss
 
     tokenizer = make_tokenizer()
-    start, proposal, policy = (
-        LMDistribution(make_module(), tokenizer, length=response, freeze=x)
-        for x in (True, True, False)
-    )
+
+    def distribution(freeze: bool) -> LMDistribution:
+        return LMDistribution(make_module(), tokenizer, length=response, freeze=freeze)
+
+    start, proposal, policy = distribution(True), distribution(True), distribution(False)
     judge = make_module(transformers.LlamaForSequenceClassification).requires_grad_(False)
     prompts = make_prompts(prompt, PROMPTS)
     texts = [as_text(item) for item in prompts]

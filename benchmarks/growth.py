@@ -47,6 +47,11 @@ class Args:
     """measure one point, given as JSON, in this process, and print it"""
 
 
+def weights(module: transformers.PreTrainedModel) -> int:
+    """How many a model has."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
 def measure(point: dict) -> dict:
     """Seconds of a step and its phases, and MiB beside the models, at one point."""
     shape = dict(point)
@@ -59,10 +64,8 @@ def measure(point: dict) -> dict:
 
     peak = peak_memory(make, steps=4)
     shape.pop("count")
-    policy, reward_model = (
-        sum(weight.numel() for weight in make_module(kind, **shape).parameters())
-        for kind in (transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification)
-    )
+    policy = weights(make_module(**shape))
+    reward_model = weights(make_module(transformers.LlamaForSequenceClassification, **shape))
     # The policy with gradients and two moments, reference and proposal; and the reward model.
     models = 4 * (6 * policy + reward_model) / 2**20
     phases = {

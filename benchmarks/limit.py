@@ -67,7 +67,8 @@ def seconds(run: Callable, repeats: int, device: torch.device) -> float:
 def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(operations, bytes) per second of the device."""
     side = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    left = torch.randn(side, side, device=device, dtype=dtype)
+    right = torch.randn_like(left)
     big = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(big)
     return (
@@ -76,10 +77,8 @@ def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     )
 
 
-def main(args: Args) -> None:
-    """Measures one shape."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def make_policy(args: Args, device: torch.device, dtype: torch.dtype) -> Model:
+    """A Llama with random weights, none of whose responses ends early."""
     layers, width, inner, heads, kv_heads, vocabulary = SIZES[args.size]
     config = transformers.LlamaConfig(
         num_hidden_layers=layers,
@@ -99,14 +98,44 @@ def main(args: Args) -> None:
         module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if device.type == "cpu":
         turn_products(module)
-    model = Model(module, end_tokens=[vocabulary])  # none ends early
-    peaks = limits(device, dtype)
+    return Model(module, end_tokens=[vocabulary])
+
+
+def operations(args: Args, body: int, prompt_copies: int) -> float:
+    """Of an update; a prompt counts so many times. `body`: weights of the blocks."""
+    layers, width, *_, vocabulary = SIZES[args.size]
+    length, t, n = args.prompt, args.response, args.samples
+    own = t * length + t * (t + 1) / 2  # pairs of slots of one response
+    slots = prompt_copies * length + n * (t - 1)
+    pairs = prompt_copies * length * (length + 1) / 2 + n * own
+    head = n * t * 2 * width * vocabulary
+    return 3 * args.prompts * (2 * body * slots + 4 * width * layers * pairs + head)
+
+
+def bytes_read(args: Args, weights: int, itemsize: int) -> float:
+    """By a step of sampling, on average: `weights` once, and keys and values of each row."""
+    layers, width, _, heads, kv_heads, _ = SIZES[args.size]
+    slot = 2 * layers * kv_heads * (width // heads) * itemsize
+    slots = args.prompt + args.samples * (args.response + 1) / 2
+    return weights * itemsize + args.prompts * slot * slots
+
+
+def main(args: Args) -> None:
+    """Measures one shape."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = make_policy(args, device, dtype)
+    peak_operations, peak_bytes = limits(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
-    length, t, n, count = args.prompt, args.response, args.samples, args.prompts
+    shape = (args.prompts, args.prompt)
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, vocabulary - 1, (count, length), generator=draw).tolist()
+    ids = torch.randint(1, model.config.vocab_size - 1, shape, generator=draw).tolist()
     prompts = [common.Prompt("", row) for row in ids]
-    batch = common.sample(model, prompts, n, t, 1.0, seed=1)
+
+    def sample() -> common.Batch:
+        return common.sample(model, prompts, args.samples, args.response, 1.0, seed=1)
+
+    batch = sample()
 
     def update() -> None:
         common.logprobs_and_entropy(model, batch, 1.0)[0].mean().backward()
@@ -115,36 +144,27 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
 
     update_s = seconds(update, args.repeats, device)
-    sample_s = seconds(lambda: common.sample(model, prompts, n, t, 1.0, 1), args.repeats, device)
-    embedded = sum(x.weight.numel() for x in (module.get_input_embeddings(), module.lm_head))
-    body = sum(weight.numel() for weight in model.parameters()) - embedded
-
-    def operations(prompt_copies: int) -> float:
-        own = t * length + t * (t + 1) / 2  # pairs of slots of one response
-        slots = prompt_copies * length + n * (t - 1)
-        pairs = prompt_copies * length * (length + 1) / 2 + n * own
-        head = n * t * 2 * width * vocabulary
-        return 3 * count * (2 * body * slots + 4 * width * layers * pairs + head)
-
-    slot_bytes = 2 * layers * kv_heads * (width // heads) * dtype.itemsize
-    read = (body + embedded // 2) * dtype.itemsize + count * slot_bytes * (length + n * (t + 1) / 2)
-    add(
-        "limit",
-        vars(args)
-        | {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "dtype": str(dtype).removeprefix("torch."),
-            "weights": body + embedded,
-            "peak_tflops": round(peaks[0] / 1e12, 3),
-            "peak_gb_s": round(peaks[1] / 1e9, 1),
-            "update_s": round(update_s, 4),
-            "sample_s": round(sample_s, 4),
-            "update_mfu": round(operations(1) / update_s / peaks[0], 3),
-            "update_mfu_prompts_counted_n_times": round(operations(n) / update_s / peaks[0], 3),
-            "sample_tokens_per_s": round(count * n * t / sample_s, 1),
-            "sample_share_of_bandwidth": round(t * read / peaks[1] / sample_s, 3),
-        },
-    )
+    sample_s = seconds(sample, args.repeats, device)
+    weights = sum(weight.numel() for weight in model.parameters())
+    embeddings = model.module.get_input_embeddings().weight.numel()  # the head has as many
+    body = weights - 2 * embeddings
+    once, n_times = operations(args, body, 1), operations(args, body, args.samples)
+    tokens = args.prompts * args.samples * args.response
+    read = args.response * bytes_read(args, weights - embeddings, dtype.itemsize)
+    found = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": weights,
+        "peak_tflops": round(peak_operations / 1e12, 3),
+        "peak_gb_s": round(peak_bytes / 1e9, 1),
+        "update_s": round(update_s, 4),
+        "sample_s": round(sample_s, 4),
+        "update_mfu": round(once / update_s / peak_operations, 3),
+        "update_mfu_prompts_counted_n_times": round(n_times / update_s / peak_operations, 3),
+        "sample_tokens_per_s": round(tokens / sample_s, 1),
+        "sample_share_of_bandwidth": round(read / peak_bytes / sample_s, 3),
+    }
+    add("limit", vars(args) | found)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -190,13 +191,14 @@ class Run:
         silent = self.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.args.steps, initial=done, disable=silent)
         self._listen()
+        threading.excepthook = partial(_say_thread, threading.__excepthook__)
         return done
 
     def _make_folder(self) -> None:
         from plumbing.report import about
 
         # The folder appears as a whole, or not at all.
-        new = self.folder.with_name(f"{self.folder.name}.new")
+        new = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
         with explained(f"--run-dir {self.folder}"):
             try:
                 new.mkdir(parents=True)
@@ -440,6 +442,12 @@ class Run:
             self.lock.release()
         if self.joined:
             dist.destroy_process_group()
+
+
+def _say_thread(usual, failure) -> None:
+    """TensorBoard writes in a thread; what fails there, `Run.log` meets and says in one line."""
+    if not issubclass(failure.exc_type, OSError):
+        usual(failure)
 
 
 def _say_lost(usual, kind, error, trace) -> None:

@@ -22,6 +22,11 @@ class Args:
     run: tyro.conf.Positional[str]  # a run folder
 
 
+def win(gap: float) -> float:
+    """1 where the sample is ahead of the reference, 0 where it is behind, ½ for a tie."""
+    return (gap > 0) + 0.5 * (gap == 0)
+
+
 def main(args: Args) -> list[tuple[int, float, float, float]]:
     """Prints and returns, for each step: gold win rate, mean gold score, reward win rate."""
     steps: dict[int, list[tuple[float, float, float]]] = {}
@@ -30,12 +35,11 @@ def main(args: Args) -> list[tuple[int, float, float, float]]:
         gold = gold_score(row["prompt"], row["response"])
         gap = gold - gold_score(row["prompt"], row["reference"])
         reward_gap = row["reward"] - row["reference_reward"]
-        win, reward_win = ((x > 0) + 0.5 * (x == 0) for x in (gap, reward_gap))
-        steps.setdefault(row["step"], []).append((win, gold, reward_win))
+        steps.setdefault(row["step"], []).append((win(gap), gold, win(reward_gap)))
     print("  step  gold win rate  gold score  reward win rate")
     table = [(s, *(sum(x) / len(x) for x in zip(*steps[s], strict=True))) for s in sorted(steps)]
-    for step, win, gold, reward_win in table:
-        print(f"{step:6d}  {win:13.3f}  {gold:10.2f}  {reward_win:15.3f}")
+    for step, gold_wins, gold, reward_wins in table:
+        print(f"{step:6d}  {gold_wins:13.3f}  {gold:10.2f}  {reward_wins:15.3f}")
     return table
 
 

@@ -63,7 +63,7 @@ class Args:
     test_rows: int = 256
 
 
-# ---------------------------------------------------------------------------------- the world
+# ── the world ─────────────────────────────────────────────────────────────────────────────────────
 
 ADJECTIVES = {  # kind of point -> what is said in praise, what is said in blame
     "food": (["tasty", "fresh", "delicious"], ["stale", "bland", "salty"]),
@@ -174,7 +174,7 @@ def gold_score(prompt: str, response: str) -> float:
     return 0.85 * score
 
 
-# ---------------------------------------------------------------------------------- models
+# ── models ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -279,7 +279,7 @@ def win_rate(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean().item()
 
 
-# ---------------------------------------------------------------------------------- the making
+# ── the making ────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_rows(rng, model, tokenizer, prompts: list[str]) -> list[dict[str, str]]:
