@@ -48,7 +48,6 @@ BAD, FAULTS, DATA, RESUMED = (
     path_of("data"),
     path_of("resume"),
 )
-RESUME = SIBLINGS + "::test_every_variant_runs_resumes_and_splits[{}]"
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
     "every_block": "check_shards",
     "final_is and gpt2": "check_runs",
@@ -160,7 +159,7 @@ MUTANTS = [
         GDC,
         "fixed_proposal",
     ),
-    ("gdc.py", ', "running": running}', "}", RESUME.format("gdc-sft-running-none"), ""),
+    ("gdc.py", ', "running": running}', "}", SIBLINGS, "variant and gdc-sft-running"),
     (
         "gdc.py",
         "run.average(raw_weights.clamp(max=MOST).mean())",
@@ -284,7 +283,7 @@ MUTANTS = [
         BOND,
         "j_bond_reaches and 1.0",
     ),
-    ("bond.py", ', "anchor": anchor}', "}", RESUME.format("bond"), ""),
+    ("bond.py", ', "anchor": anchor}', "}", SIBLINGS, "a_variant and bond"),
     # common.py: rows
     (
         "common.py",
@@ -350,8 +349,8 @@ MUTANTS = [
         "common.py",
         "running[left] &= ~torch.isin(token, ends)",
         "running[left] &= token != ends[0]",
-        CORE,
-        "bug04 or bug08",
+        PERFORMANCE,
+        "rows_that_have_ended",
     ),
     ("common.py", "token_logprobs * running[left]", "token_logprobs", CORE, "bug08"),
     ("common.py", "start = longest + t * width", "start = longest", CORE, "bug08 and llama"),
