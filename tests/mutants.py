@@ -54,7 +54,7 @@ CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them wo
     "gathers_once": "check_sampling",
     "gradients_losses": "check_runs",
     "no_pass_uses": "check_unused_weight",
-    "only_rank_0": "check_runs",
+    "only_rank_0": "check_runs check_log",
     "proposal_and_anchor": "check_runs",
     "samples_are_all": "check_log",
 }

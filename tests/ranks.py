@@ -471,6 +471,7 @@ def check_log(folder: Path, rank: int) -> None:
     run = common.Run(args, brain.__file__)
     weight = torch.nn.Linear(1, 1)
     run.open({"policy": weight}, torch.optim.AdamW(weight.parameters()))
+    print(f"rank {rank} speaks")
     run.log(
         0,
         {"x": 1.0 + rank, "y": torch.tensor(4.0 * rank)},
