@@ -250,7 +250,7 @@ class Run:
         whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         saved = {"format": FORMAT, "step": step, "run": self._identity()}
         for name, model in self.models.items():
-            saved[name] = state_dict.get_model_state_dict(model, options=whole)
+            saved[name] = _whole_weights(model)
         saved["optimizer"] = state_dict.get_optimizer_state_dict(
             self.models["policy"], self.optimizer, options=whole
         )
@@ -407,17 +407,11 @@ class Run:
 
     def close(self, policy, tokenizer) -> None:
         """Writes final/, which loads with from_pretrained, and the report."""
-        from torch.distributed.checkpoint import state_dict
-
         from plumbing import report
 
-        whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = state_dict.get_model_state_dict(policy.module, options=whole)
+        weights = _whole_weights(policy.module)
         if self.rank == 0:
             self.bar.close()
-            first = {}  # tied weights were gathered once for each of their names
-            for name, part in policy.module.named_parameters(remove_duplicate=False):
-                weights[name] = weights[first.setdefault(id(part), name)]
             final, new = self.folder / "final", self.folder / "final.new"
             with self._writing("final/"):
                 self.board.close()
@@ -442,6 +436,18 @@ class Run:
             self.lock.release()
         if self.joined:
             dist.destroy_process_group()
+
+
+def _whole_weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights by name, whole, on the CPU of rank 0; the other ranks get none."""
+    from torch.distributed.checkpoint import state_dict
+
+    whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = state_dict.get_model_state_dict(module, options=whole)
+    first = {}  # tied weights were gathered once for each of their names
+    for name, part in module.named_parameters(remove_duplicate=False) if weights else ():
+        weights[name] = weights[first.setdefault(id(part), name)]
+    return weights
 
 
 def _say_thread(usual, failure) -> None:
