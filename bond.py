@@ -6,8 +6,8 @@ anchor's probabilities of a reward below, and not above, that of y:
     π_BoN(y) = π_a(y) · p_≤^{N−1} · Σ_{i=1..N} (p_</p_≤)^{i−1}                               (1)
     J^b      = (1−b)·KL(π_BoN‖π_θ) + b·KL(π_θ‖π_BoN)                                         (2)
     forward part    −(1−b)·log π_θ(y_best),  y_best the best of N anchor samples             (3)
-    backward part   −b·log π_θ(y)·(A − B),  A = (N−1)·log p̂_≤(y) − ℓ,  y ~ π_θ               (4)
-    p̂_≤(y) = share of k anchor samples with r(y_i) ≤ r(y), at least 1/(2k)                   (5)
+    backward part   −b·log π_θ(y)·(A − B),  A = log(π̂_BoN/π_a)(y) − ℓ,  y ~ π_θ              (4)
+    π̂_BoN           (1) with p̂_<, p̂_≤: shares of k anchor samples, each at least 1/(2k)      (5)
 
 ℓ = log π_θ(y) − log π_a(y) and A are detached; B is the mean of the other samples' A in the batch.
 J-BOND (--anchor ema) is the step for N = 2 with two anchor samples y′ and an anchor that follows:
@@ -16,7 +16,7 @@ J-BOND (--anchor ema) is the step for N = 2 with two anchor samples y′ and an 
     L      = (3) + (4) + γ·log π_θ(y)·ℓ                                                      (7)
     anchor ← (1−η)·anchor + η·policy, after every optimizer step                             (8)
 
---anchor fixed is BOND, (3) and (4) with (5); copy renews the anchor every 1/η steps (iterative).
+--anchor fixed is BOND, (3) and (4) with (5); copy renews the anchor every 1/η updates (iterative).
 
 P prompts per step; per prompt N samples of the policy (not the N above, which is --best-of) and k
 of the anchor. Log-probs are sums over the tokens of a response, end token included, in nats at the
@@ -25,7 +25,7 @@ sampling temperature; they and the rewards are [P, N + k].
 
 How this differs from the paper (read: arXiv v1; docs/bond.md says more):
  1. The γ term has a plus sign, which holds the policy back; Algorithm 2 of v1 prints a minus.
- 2. The floor in (5) is ours. (5) drops the sum of (1), as the paper does in practice.
+ 2. The floor in (5) is ours, and so is the sum of (1) in π̂_BoN: the paper drops it in practice.
 
     python bond.py                                      # the embedded default, no GPU needed
     python bond.py --policy SFT --reward-model RM --dataset PROMPTS --lr 3e-6 --eta 0.02
@@ -50,19 +50,25 @@ class Args:
     policy: str = "assets/tiny/sft"
     """causal LM to train, and the reference it starts from: a folder or a hub name"""
     reward_model: str = "assets/tiny/reward"
-    """sequence classifier with one label: a folder or a hub name"""
+    """sequence classifier with one label, a folder or a hub name; or FILE.py:FUNCTION"""
     reward_eos: bool = True
     """close a response that ended with the reward model's own end token before it is scored"""
+    missing_eos_penalty: float = 0.0
+    """taken off the reward of a response that was cut, in reward units"""
     dataset: str = "assets/tiny/data"
-    """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+    """.jsonl, .parquet, a folder or a hub name; NAME:CONFIG; NAME:split=train_x,prompt=question"""
+    template: Literal["auto", "raw", "raw-policy", "raw-reward"] = "auto"
+    """text prompts become a user's turn where a model has a chat template, or stay raw"""
+    chat_template_kwargs: str = "{}"
+    """JSON for the policy's chat template, as {"enable_thinking": false}"""
 
     # sampling
     prompts_per_step: int = 16
     """prompts per step (P), all processes together"""
     samples_per_prompt: int = 8
     """responses per prompt (N)"""
-    max_prompt_tokens: int = 512
-    """longer prompts are dropped, and counted"""
+    max_prompt_tokens: int = 0
+    """longer prompts are dropped, and counted; 0 = what the context leaves beside a response"""
     max_response_tokens: int = 64
     """a response is cut after so many tokens"""
     temperature: float = 1.0
@@ -79,10 +85,18 @@ class Args:
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
     """updates in which the step size grows linearly from 0"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """the step size after the warm-up: it stays, or falls to 0 by the end of --steps"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of every weight that is trained"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
-    """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+    """mixed: float32 weights, bfloat16 arithmetic on a GPU; bfloat16: the base below adapters"""
+    lora_rank: int = 0
+    """rank of adapters beside the linear layers, trained in place of all weights (0), by peft"""
+    checkpointing: bool = False
+    """compute each block's activations again in the backward pass, to save memory"""
 
     # run
     seed: int = 1
@@ -96,7 +110,7 @@ class Args:
     run_dir: str = ""
     """folder of the run; empty = runs/<script>-<seed>-<time>"""
     resume: str = ""
-    """folder of a run to continue, under its own flags"""
+    """run folder to continue, by its own flags; --steps may grow"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
@@ -110,15 +124,19 @@ class Args:
     jeffreys: float = 0.5
     """b, the weight of the backward KL; 1 − b is that of the forward KL"""
     eta: float = 0.1
-    """η, how fast the anchor follows: share of the policy per update, or a copy every 1/η steps"""
+    """η, how the anchor follows: the policy's share in each update, or a copy every 1/η updates"""
     gamma: float = 0.0
     """γ, the weight of one more KL to the anchor, which slows the policy down"""
 
 
-def log_quantile(rewards: Tensor, anchor_rewards: Tensor) -> Tensor:
-    """log p̂_≤ [P, N] of rewards [P, N] among the anchor's [P, k], in nats."""
-    below = anchor_rewards[:, None, :] <= rewards[:, :, None]  # [P, N, k]
-    return below.float().mean(2).clamp(min=0.5 / below.shape[2]).log()  # (5)
+def log_best_of(rewards: Tensor, anchor_rewards: Tensor, best_of: int) -> Tensor:
+    """log(π̂_BoN/π_a) [P, N], in nats, of rewards [P, N] among the anchor's [P, k]."""
+    mine, theirs = rewards[:, :, None], anchor_rewards[:, None, :]
+    least = 0.5 / theirs.shape[2]
+    below = (theirs < mine).float().mean(2).clamp(min=least)  # (5)
+    upto = (theirs <= mine).float().mean(2).clamp(min=least)  # (5)
+    ties = sum((below / upto) ** i for i in range(best_of))
+    return (best_of - 1) * upto.log() + ties.log()  # (1)
 
 
 def j_bond_reward(rewards: Tensor, anchor_rewards: Tensor) -> Tensor:
@@ -160,10 +178,6 @@ def check(args: Args) -> None:
         f"--anchor ema: J-BOND has 2 anchor samples, not {args.anchor_samples}; take fixed or copy",
     )
     common.require(args.anchor != "copy" or args.eta > 0, "--eta 0.0: never copies the anchor")
-    common.require(
-        args.anchor != "ema" or args.dtype != "bfloat16",
-        "--dtype bfloat16: steps of --eta are lost in its rounding; take mixed or float32",
-    )
 
 
 def main(args: Args) -> dict[str, float]:
@@ -175,7 +189,7 @@ def main(args: Args) -> dict[str, float]:
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
-    held_out = common.score_references(reward_model, policy, held_out, 2 * args.prompts_per_step)
+    held_out = common.score_references(run, policy, reward_model, held_out)
     ref = common.frozen_copy(policy)
 
     # ── models of the method ──
@@ -185,7 +199,11 @@ def main(args: Args) -> dict[str, float]:
     # ── start ──
     common.shard(policy)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        policy.parameters(),
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+        fused=True,
     )
     done = run.open(models, optimizer)
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
@@ -218,13 +236,13 @@ def main(args: Args) -> dict[str, float]:
         if args.anchor == "ema":
             quality = j_bond_reward(rewards[:, :n], rewards[:, n:])
         else:
-            quality = (args.best_of - 1) * log_quantile(rewards[:, :n], rewards[:, n:])
+            quality = log_best_of(rewards[:, :n], rewards[:, n:], args.best_of)
         advantage = advantages(run, quality - log_ratio)
 
         # ── update ──
         for update in range(args.updates_per_sample):
             updates = (step - 1) * args.updates_per_sample + update + 1
-            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            lr = common.step_size(args, updates)
             optimizer.param_groups[0]["lr"] = lr
             logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
@@ -234,7 +252,8 @@ def main(args: Args) -> dict[str, float]:
                 part_loss = bond_loss(
                     part_logprobs, log_ratio[rows], advantage[rows], best[rows], args
                 )
-                common.require_finite(part_loss, "the loss", batch[rows])
+                advice = "take a smaller --lr or fewer --updates-per-sample"
+                common.require_finite(part_loss, "the loss", batch[rows], advice)
                 (part_loss.sum() / len(prompts)).backward()
                 logprobs.append(part_logprobs.detach())
                 entropy.append(part_entropy)
@@ -251,10 +270,8 @@ def main(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     for weight, new in zip(anchor.parameters(), policy.parameters()):
                         weight.lerp_(new, args.eta)  # (8)
-
-        # ── renew ──
-        if args.anchor == "copy" and step % round(1 / args.eta) == 0:
-            anchor.load_state_dict(policy.state_dict())
+            elif args.anchor == "copy" and updates % round(1 / args.eta) == 0:
+                anchor.load_state_dict(policy.state_dict())
 
         # ── log ──
         updated = run.clock()
@@ -264,6 +281,7 @@ def main(args: Args) -> dict[str, float]:
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(1, correction=0).mean(),
             **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            **common.sampling_gap(batch, proposal_logprobs),
             "entropy/token": entropy.sum() / tokens,
             "length/mean": lengths.mean(),
             "length/eos_rate": batch.ended(policy.end_tokens).float().mean(),

@@ -23,10 +23,11 @@ token included, in nats at the sampling temperature; they, the rewards and all w
 How this differs from the paper, of which abstract, blog and toy code could be read: docs/brain.md
  1. (T) is the limit γ_x → ∞ of p(G=1|x,y) = σ((r − γ_x)/τ); γ_x cancels in (1).
  2. The proposal is p at first, then a copy of the policy, renewed every --refresh-every steps.
- 3. --estimator holds the paper's ablation; the exact weights of its two other arms are derived.
+ 3. --estimator holds the paper's ablation, whose two other arms are derived, and arg-max, with
+    which N = 2 and q′ = p are DPO.
 
     python brain.py                                     # the embedded default, no GPU needed
-    python brain.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
+    python brain.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6
 
 Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default); step 1 has a
 uniform β̂, so its loss is log N − entropy(α̂). A weights/ess near 1/N: --beta is too small.
@@ -48,19 +49,25 @@ class Args:
     policy: str = "assets/tiny/sft"
     """causal LM to train, and the reference it starts from: a folder or a hub name"""
     reward_model: str = "assets/tiny/reward"
-    """sequence classifier with one label: a folder or a hub name"""
+    """sequence classifier with one label, a folder or a hub name; or FILE.py:FUNCTION"""
     reward_eos: bool = True
     """close a response that ended with the reward model's own end token before it is scored"""
+    missing_eos_penalty: float = 0.0
+    """taken off the reward of a response that was cut, in reward units"""
     dataset: str = "assets/tiny/data"
-    """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+    """.jsonl, .parquet, a folder or a hub name; NAME:CONFIG; NAME:split=train_x,prompt=question"""
+    template: Literal["auto", "raw", "raw-policy", "raw-reward"] = "auto"
+    """text prompts become a user's turn where a model has a chat template, or stay raw"""
+    chat_template_kwargs: str = "{}"
+    """JSON for the policy's chat template, as {"enable_thinking": false}"""
 
     # sampling
     prompts_per_step: int = 16
     """prompts per step (P), all processes together"""
     samples_per_prompt: int = 8
     """responses per prompt (N)"""
-    max_prompt_tokens: int = 512
-    """longer prompts are dropped, and counted"""
+    max_prompt_tokens: int = 0
+    """longer prompts are dropped, and counted; 0 = what the context leaves beside a response"""
     max_response_tokens: int = 64
     """a response is cut after so many tokens"""
     temperature: float = 1.0
@@ -77,10 +84,18 @@ class Args:
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
     """updates in which the step size grows linearly from 0"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """the step size after the warm-up: it stays, or falls to 0 by the end of --steps"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of every weight that is trained"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
-    """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+    """mixed: float32 weights, bfloat16 arithmetic on a GPU; bfloat16: the base below adapters"""
+    lora_rank: int = 0
+    """rank of adapters beside the linear layers, trained in place of all weights (0), by peft"""
+    checkpointing: bool = False
+    """compute each block's activations again in the backward pass, to save memory"""
 
     # run
     seed: int = 1
@@ -94,24 +109,32 @@ class Args:
     run_dir: str = ""
     """folder of the run; empty = runs/<script>-<seed>-<time>"""
     resume: str = ""
-    """folder of a run to continue, under its own flags"""
+    """run folder to continue, by its own flags; --steps may grow"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
     # BRAIn
     beta: float = 0.2
     """τ, the KL weight of the target: reward units per nat"""
-    estimator: Literal["brain", "no-self-norm", "no-baseline"] = "brain"
-    """brain: weights α̂ − β̂; no-self-norm: α̂ − (1/N)·q_θ/q′; no-baseline: α̂"""
+    estimator: Literal["brain", "arg-max", "no-self-norm", "no-baseline"] = "brain"
+    """brain: weights α̂ − β̂; arg-max: the same with an arg-max for the softmax in α̂;
+    no-self-norm: α̂ − (1/N)·q_θ/q′; no-baseline: α̂"""
     refresh_every: int = 10
     """steps between renewals of the proposal from the policy; 0 = the start model throughout"""
 
 
 def posterior_weights(
-    ref_logprobs: Tensor, rewards: Tensor, proposal_logprobs: Tensor, beta: float
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    proposal_logprobs: Tensor,
+    beta: float,
+    estimator: str = "brain",
 ) -> Tensor:
     """α̂ [P, N], which sums to 1 over the N samples of a prompt, from three [P, N]."""
-    return torch.softmax(ref_logprobs + rewards / beta - proposal_logprobs, dim=1)  # (1)
+    log_weights = ref_logprobs + rewards / beta - proposal_logprobs
+    if estimator == "arg-max":
+        return F.one_hot(log_weights.argmax(1), log_weights.shape[1]).to(log_weights.dtype)
+    return torch.softmax(log_weights, dim=1)  # (1)
 
 
 def brain_loss(
@@ -119,7 +142,7 @@ def brain_loss(
 ) -> Tensor:
     """Loss [P] in nats of logprobs, proposal_logprobs and target_weights α̂, [P, N] each."""
     log_ratio = logprobs - proposal_logprobs
-    if estimator == "brain":
+    if estimator in ("brain", "arg-max"):
         log_policy_weights = torch.log_softmax(log_ratio, dim=1)  # (2)
         return F.kl_div(log_policy_weights, target_weights, reduction="none").sum(1)  # (3)
     # The ablations have no loss of their own: this has the gradient (4) with their weights.
@@ -146,7 +169,7 @@ def main(args: Args) -> dict[str, float]:
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
-    held_out = common.score_references(reward_model, policy, held_out, 2 * args.prompts_per_step)
+    held_out = common.score_references(run, policy, reward_model, held_out)
     ref = common.frozen_copy(policy)
 
     # ── models of the method ──
@@ -156,7 +179,11 @@ def main(args: Args) -> dict[str, float]:
     # ── start ──
     common.shard(policy)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        policy.parameters(),
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+        fused=True,
     )
     done = run.open(models, optimizer)
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
@@ -177,14 +204,18 @@ def main(args: Args) -> dict[str, float]:
         scored = run.clock()
 
         # ── targets ──
+        if step == 1:
+            common.say_effective_samples(rewards, "--beta", args.beta)
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = common.logprobs(proposal, batch, args.temperature, args.micro_batch)
-        target_weights = posterior_weights(ref_logprobs, rewards, proposal_logprobs, args.beta)
+        target_weights = posterior_weights(
+            ref_logprobs, rewards, proposal_logprobs, args.beta, args.estimator
+        )
 
         # ── update ──
         for update in range(args.updates_per_sample):
             updates = (step - 1) * args.updates_per_sample + update + 1
-            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            lr = common.step_size(args, updates)
             optimizer.param_groups[0]["lr"] = lr
             logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
@@ -194,7 +225,8 @@ def main(args: Args) -> dict[str, float]:
                 part_loss = brain_loss(
                     part_logprobs, proposal_logprobs[rows], target_weights[rows], args.estimator
                 )
-                common.require_finite(part_loss, "the loss", batch[rows])
+                advice = "take a smaller --lr or fewer --updates-per-sample"
+                common.require_finite(part_loss, "the loss", batch[rows], advice)
                 (part_loss.sum() / len(prompts)).backward()
                 logprobs.append(part_logprobs.detach())
                 entropy.append(part_entropy)
@@ -220,6 +252,7 @@ def main(args: Args) -> dict[str, float]:
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(1, correction=0).mean(),
             **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            **common.sampling_gap(batch, proposal_logprobs),
             "entropy/token": entropy.sum() / tokens,
             "length/mean": lengths.mean(),
             "length/eos_rate": batch.ended(policy.end_tokens).float().mean(),

@@ -16,7 +16,10 @@ Outside of this file a batch is prompts and lists of token ids; nothing padded l
 randomness is a function of (seed, step, rank), so a resumed run needs no random state.
 """
 
+import inspect
+import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,19 +29,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.data import Prompt, encode_prompt, load_prompts, pick
+from plumbing.data import (
+    Layout,
+    Prompt,
+    decode_behind,
+    encode_behind,
+    load_prompts,
+    pick,
+    policy_layout,
+    reward_layout,
+)
 from plumbing.models import (
     Model,
     frozen_copy,
     gathered,
+    is_function,
     load_causal_lm,
     load_classifier,
+    load_function,
     load_tokenizer,
     shard,
 )
 from plumbing.run import Run, explained, parse_args, require, seed_of
 
-__all__ = ["Run", "frozen_copy", "load_prompts", "parse_args", "pick", "shard"]  # for the scripts
+__all__ = [
+    "Run",
+    "frozen_copy",
+    "load_prompts",
+    "load_tokenizer",
+    "parse_args",
+    "pick",
+    "shard",
+]  # for the scripts
 
 CHUNK = 2**22  # logits in one chunk of the vocabulary head, 16 MiB
 MOST_LOGITS = 2**25  # kept for the backward pass, 128 MiB; of more, none is kept
@@ -66,12 +88,17 @@ class Batch:
     def beside(self, other: "Batch") -> "Batch":
         """The same prompts with the responses of both batches."""
         pairs = zip(self.responses, other.responses)
-        return Batch(self.prompts, [ours + theirs for ours, theirs in pairs])
+        sampled = [self.sampled_logprobs, other.sampled_logprobs]
+        logprobs = None if any(part is None for part in sampled) else torch.cat(sampled, dim=1)
+        return Batch(self.prompts, [ours + theirs for ours, theirs in pairs], logprobs)
 
     def choose(self, which: Tensor) -> "Batch":
         """The responses with the indices `which` [P, K], in that order."""
         pairs = zip(self.responses, which.tolist())
-        return Batch(self.prompts, [[group[i] for i in chosen] for group, chosen in pairs])
+        responses = [[group[i] for i in chosen] for group, chosen in pairs]
+        sampled = self.sampled_logprobs
+        logprobs = None if sampled is None else sampled.gather(1, which)
+        return Batch(self.prompts, responses, logprobs)
 
     def lengths(self) -> Tensor:
         """Tokens per response, [P, N], on the CPU."""
@@ -83,17 +110,18 @@ class Batch:
 
 
 def encode_responses(
-    tokenizer, policy: Model, prompts: list[Prompt], texts: list[list[str]], max_tokens: int | None
+    tokenizer, policy: Model, prompts: list[Prompt], texts: list[list[str]], max_tokens: int
 ) -> Batch:
-    """Batch of given responses, texts [P][N], closed by one end token of the policy.
+    """Batch of given responses, texts [P][N], as the policy would sample them.
 
-    They are cut to `max_tokens` if there is a limit.
+    They are closed by its usual end token, and cut to `max_tokens` and to its context.
     """
     responses = []
-    for group in texts:
-        ids = tokenizer(group, add_special_tokens=False)["input_ids"]
+    for prompt, group in zip(prompts, texts):
+        ids = encode_behind(tokenizer, prompt.text, group)
         closed = [up_to_end([*row, policy.end_tokens[0]], policy.end_tokens) for row in ids]
-        responses.append([row[:max_tokens] for row in closed])
+        most = min(max_tokens, policy.context - len(prompt.tokens))
+        responses.append([row[:most] for row in closed])
     return Batch(prompts, responses)
 
 
@@ -424,14 +452,20 @@ def _draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor
 
 @dataclass
 class RewardModel:
-    """A sequence classifier with one label, its tokenizer, and how the policy writes."""
+    """What gives a reward, how it reads text, and how the policy writes it.
 
-    model: Model
-    tokenizer: object
+    A sequence classifier with one label, or a Python function of texts.
+    """
+
     policy_tokenizer: object
     policy_ends: list[int]
-    add_end: bool  # close a response that ended, as the reward model was trained to see it
-    same_tokens: bool  # the policy's tokens need no translation
+    device: torch.device
+    function: Callable | None = None
+    model: Model | None = None
+    layout: Layout | None = None
+    add_end: bool = True  # close a response that ended, as the reward model was trained to see it
+    same_tokens: bool = False  # the policy's tokens need no translation
+    missing_eos_penalty: float = 0.0  # taken off the reward of a response that was cut
 
 
 @torch.no_grad()
@@ -443,56 +477,111 @@ def score(reward_model: RewardModel, batch: Batch, micro_batch: int = 0) -> Tens
     """
     parts = []
     for rows in micro_batches(len(batch.prompts), micro_batch):
-        part = _as_read_by(reward_model, batch[rows])
-        parts.append(reward_model.model(_rewards, part))
-    rewards = torch.cat(parts)
+        part = batch[rows]
+        if reward_model.function:
+            parts.append(_rewards_by_function(reward_model, part))
+        elif hasattr(reward_model.model.module, "score"):
+            parts.append(reward_model.model(_rewards, _as_read_by(reward_model, part)))
+        else:
+            texts = _texts(reward_model, part)
+            inputs = reward_model.layout, part.prompts, texts
+            parts.append(reward_model.model(_rewards_of_pairs, *inputs))
+    rewards = torch.cat(parts).to(reward_model.device)
     require_finite(rewards, "the reward", batch)
     first = [[group.index(ids) for ids in group] for group in batch.responses]
-    return rewards.gather(1, torch.tensor(first, device=rewards.device))
+    rewards = rewards.gather(1, torch.tensor(first, device=rewards.device))
+    was_cut = ~batch.ended(reward_model.policy_ends).to(rewards.device)
+    return rewards - reward_model.missing_eos_penalty * was_cut
+
+
+def _open(reward_model: RewardModel, group: list[list[int]]) -> list[list[int]]:
+    """The responses to a prompt without the end tokens that close them."""
+    return [ids[:-1] if ids[-1] in reward_model.policy_ends else ids for ids in group]
+
+
+def _texts(reward_model: RewardModel, batch: Batch) -> list[list[str]]:
+    """The responses as text, [P][N], without the end token."""
+    tokenizer = reward_model.policy_tokenizer
+    return [
+        decode_behind(tokenizer, prompt.tokens, _open(reward_model, group))
+        for prompt, group in zip(batch.prompts, batch.responses)
+    ]
 
 
 def _as_read_by(reward_model: RewardModel, batch: Batch) -> Batch:
-    """The batch in the reward model's own tokens and chat template."""
-    own, closing = reward_model.tokenizer, []
-    if reward_model.add_end:
-        text = _closing(own, batch.prompts[0])
-        closing = own(text, add_special_tokens=False)["input_ids"]
-    prompts, responses = [], []
+    """The batch in the reward model's own tokens and chat template.
+
+    A response that has too many of these for its context is cut there.
+    """
+    layout, prompts, responses = reward_model.layout, [], []
     for prompt, group in zip(batch.prompts, batch.responses):
         ended = [ids[-1] in reward_model.policy_ends for ids in group]
-        group = [ids[:-1] if end else ids for ids, end in zip(group, ended)]
-        if not reward_model.same_tokens:
-            with explained(f"--reward-model {own.name_or_path}"):
-                tokens = encode_prompt(own, prompt.messages or prompt.text)[1]
-            prompt = replace(prompt, tokens=tokens)
-            texts = reward_model.policy_tokenizer.batch_decode(group, skip_special_tokens=True)
-            group = own(texts, add_special_tokens=False)["input_ids"]
+        text, closing = layout.around(prompt.source)
+        if reward_model.same_tokens and text == prompt.text:
+            group = _open(reward_model, group)
+        else:
+            (texts,) = _texts(reward_model, Batch([prompt], [group]))
+            if layout.turns(prompt.source):  # behind a turn's begin no space is due
+                texts = [text.lstrip() for text in texts]
+            prompt = replace(prompt, text=text, tokens=layout.encode(prompt.source, text))
+            group = encode_behind(layout.tokenizer, text, texts)
+        if reward_model.add_end:
+            group = [ids + closing if end else ids for ids, end in zip(group, ended)]
+        room = reward_model.model.context - len(prompt.tokens)
         prompts.append(prompt)
-        responses.append([ids + closing if end else ids for ids, end in zip(group, ended)])
+        responses.append([ids[:room] for ids in group])
     return Batch(prompts, responses)
-
-
-def _closing(tokenizer, prompt: Prompt) -> str:
-    """What closes a response: the end token, or what a chat template writes behind an answer."""
-    if not prompt.messages or not tokenizer.chat_template:
-        return tokenizer.eos_token
-    turns = [*prompt.messages, {"role": "assistant", "content": "<answer>"}]
-    return tokenizer.apply_chat_template(turns, tokenize=False).rpartition("<answer>")[2]
 
 
 def _rewards(model: Model, batch: Batch) -> Tensor:
     """Rewards [P, N] in float32, read at each response's last token."""
     rows = _pack(model, batch)
-    limit = model.context
-    longest = int(rows.position.max()) + 1
-    require(
-        not limit or longest <= limit,
-        f"--reward-model: its context of {limit} tokens is shorter than a prompt and response of "
-        f"{longest}; lower --max-prompt-tokens or --max-response-tokens",
-    )
     states = _states(model, rows.tokens, rows.segment, rows.position)  # [R, S, D]
     rewards = model.module.score(states[rows.last].float())  # [P · N, 1]
     return rewards.view(len(batch.prompts), -1)
+
+
+def _rewards_of_pairs(
+    model: Model, layout: Layout, prompts: list[Prompt], texts: list[list[str]]
+) -> Tensor:
+    """Rewards [P, N] of a classifier that reads prompt and response as a pair of texts.
+
+    These are encoders, as DeBERTa: their own head and special tokens are used, and what does not
+    fit behind the prompt is cut.
+    """
+    firsts = [
+        layout.around(prompt.source)[0] for prompt, group in zip(prompts, texts) for _ in group
+    ]
+    seconds = [text for group in texts for text in group]
+    longest = min(model.context, layout.tokenizer.model_max_length)
+    rows = layout.tokenizer(
+        firsts,
+        seconds,
+        padding=True,
+        truncation="only_second",
+        max_length=longest,
+        return_tensors="pt",
+    )
+    with model.autocast():
+        rewards = model.module(**rows.to(model.device)).logits
+    return rewards.float().view(len(prompts), -1)
+
+
+def _rewards_by_function(reward_model: RewardModel, batch: Batch) -> Tensor:
+    """Rewards [P, N] of a Python function, called with a list entry per response: the prompts as
+    the data set has them, the texts of the responses and, if it has a third parameter, the data
+    set's own completions."""
+    texts = _texts(reward_model, batch)
+    prompts = [prompt for prompt, group in zip(batch.prompts, texts) for _ in group]
+    inputs = [[prompt.source for prompt in prompts], [text for group in texts for text in group]]
+    if len(inspect.signature(reward_model.function).parameters) > 2:
+        inputs.append([prompt.reference for prompt in prompts])
+    rewards = reward_model.function(*inputs)
+    require(
+        len(rewards) == len(prompts),
+        f"--reward-model: its function gave {len(rewards)} rewards for {len(prompts)} responses",
+    )
+    return torch.tensor(rewards, dtype=torch.float32).view(len(batch.prompts), -1)
 
 
 # ── Loading, with the check that a model reads rows as we feed them ───────────────────────────────
@@ -500,27 +589,36 @@ def _rewards(model: Model, batch: Batch) -> Tensor:
 
 def load_policy(run: Run, tokenizer) -> Model:
     """The model of --policy, whole: `shard` spreads it once its copies are made."""
-    policy = load_causal_lm(run.args, tokenizer, run.device)
+    end_token = policy_layout(run.args, tokenizer).end_token()
+    policy = load_causal_lm(run.args, tokenizer, end_token, run.device)
     _choose_rows("--policy", run.args.policy, policy)
-    policy.mixed = run.device.type == "cuda" and run.args.dtype == "mixed"
+    policy.mixed = run.device.type == "cuda" and run.args.dtype != "float32"
     return policy
 
 
 def load_reward_model(run: Run, policy: Model, policy_tokenizer) -> RewardModel:
-    """The frozen model of --reward-model."""
+    """The frozen model of --reward-model, or the Python function that it names."""
     flag, name = "--reward-model", run.args.reward_model
-    model = load_classifier(run.args, run.device)
-    tokenizer = load_tokenizer(flag, name)
-    _choose_rows(flag, name, model)
-    probe = "One, two."  # the same words split in the same way, and the same template around them
-    same_tokens = (
-        tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        and tokenizer(probe)["input_ids"] == policy_tokenizer(probe)["input_ids"]
-        and tokenizer.chat_template == policy_tokenizer.chat_template
+    reward_model = RewardModel(policy_tokenizer, policy.end_tokens, run.device)
+    reward_model.missing_eos_penalty = run.args.missing_eos_penalty
+    if is_function(name):
+        reward_model.function = load_function(name)
+        return reward_model
+    model, layout = load_classifier(run.args, run.device), reward_layout(run.args)
+    if hasattr(model.module, "score"):
+        _choose_rows(flag, name, model)
+    else:
+        with explained(f"{flag} {name}"):
+            gap = _pairs_gap(model, layout)
+        require(gap < 1e-3, f"{flag} {name}: scores a batch unlike single texts, off by {gap:.1e}")
+    probe = "One, two."  # the same words split in the same way
+    reward_model.same_tokens = (
+        layout.tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        and layout.tokenizer(probe)["input_ids"] == policy_tokenizer(probe)["input_ids"]
     )
-    add_end = run.args.reward_eos
-    ends = policy.end_tokens
-    return RewardModel(shard(model), tokenizer, policy_tokenizer, ends, add_end, same_tokens)
+    reward_model.model, reward_model.layout = shard(model), layout
+    reward_model.add_end = run.args.reward_eos
+    return reward_model
 
 
 @torch.no_grad()
@@ -580,22 +678,64 @@ def _alone(model: Model, prompt: list[int], response: list[int]) -> float:
     return sum(steps[place, token].item() for place, token in enumerate(response))
 
 
+@torch.no_grad()
+def _pairs_gap(model: Model, layout: Layout) -> float:
+    """How far rewards of two unlike responses in one batch are from those of each alone."""
+    texts = ["Two.", "Two, three and four."]
+    rewards = _rewards_of_pairs(model, layout, [Prompt("One", [])], [texts])
+    alone = [_rewards_of_pairs(model, layout, [Prompt("One", [])], [[text]]) for text in texts]
+    return (rewards - torch.cat(alone, 1)).abs().max().item()
+
+
+# ── The step size ─────────────────────────────────────────────────────────────────────────────────
+
+
+def step_size(args, update: int) -> float:
+    """AdamW's step size of an update, counted from 1.
+
+    It grows linearly to --lr in the warm-up, then stays, or falls to 0, which the update behind the
+    last one would have: on a line, or as half a cosine.
+    """
+    warmup = max(1, args.warmup_steps)
+    behind = args.steps * args.updates_per_sample + 1
+    left = min(1.0, (behind - update) / max(1, behind - warmup))
+    share = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return args.lr * min(1.0, update / warmup) * share[args.lr_schedule]
+
+
 # ── Evaluation ────────────────────────────────────────────────────────────────────────────────────
 
 
 def score_references(
-    reward_model: RewardModel, policy: Model, prompts: list[Prompt], size: int
+    run: Run, policy: Model, reward_model: RewardModel, prompts: list[Prompt]
 ) -> list[Prompt]:
-    """The prompts with the rewards of their references if all have one, `size` prompts per pass."""
+    """The prompts with the rewards of their references if all have one, cut as samples are.
+
+    It prints what both models read of the first.
+    """
+    tokenizer, most_tokens = reward_model.policy_tokenizer, run.args.max_response_tokens
+    first = encode_responses(
+        tokenizer, policy, prompts[:1], [[prompts[0].reference or ""]], most_tokens
+    )
+    _say_input("--policy", tokenizer, first)
+    if reward_model.layout:
+        _say_input(
+            "--reward-model", reward_model.layout.tokenizer, _as_read_by(reward_model, first)
+        )
     if any(prompt.reference is None for prompt in prompts):
         return prompts
     scored = []
-    for rows in micro_batches(len(prompts), size):
+    for rows in micro_batches(len(prompts), 2 * run.args.prompts_per_step):
         texts = [[prompt.reference] for prompt in prompts[rows]]
-        batch = encode_responses(reward_model.policy_tokenizer, policy, prompts[rows], texts, None)
+        batch = encode_responses(tokenizer, policy, prompts[rows], texts, most_tokens)
         rewards = score(reward_model, batch)[:, 0].tolist()
         scored += [replace(p, reference_reward=reward) for p, reward in zip(prompts[rows], rewards)]
     return scored
+
+
+def _say_input(flag: str, tokenizer, batch: Batch) -> None:
+    tokens = batch.prompts[0].tokens + batch.responses[0][0]
+    print(f"{flag} reads {tokenizer.decode(tokens)!r}")
 
 
 def evaluate(
@@ -622,21 +762,29 @@ def evaluate(
         values["reward"] += rewards
         values["kl"] += kl[:, 0].tolist()
         values["length"] += batch.lengths()[:, 0].tolist()
-        values["eos_rate"] += batch.ended(policy.end_tokens)[:, 0].tolist()
-        ids = [response for (response,) in batch.responses]
-        texts = reward_model.policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
-        for prompt, text, reward in zip(part, texts, rewards):
+        ended = batch.ended(policy.end_tokens)[:, 0].tolist()
+        values["eos_rate"] += ended
+        for prompt, (text,), reward, end in zip(part, _texts(reward_model, batch), rewards, ended):
             theirs = prompt.reference_reward
             if theirs is not None:
-                values["win_rate"].append((reward > theirs) + 0.5 * (reward == theirs))
-            line = {"step": step, "prompt": prompt.text, "response": text, "reward": reward}
-            line |= {"reference": prompt.reference, "reference_reward": theirs}
+                won = (reward > theirs) + 0.5 * (reward == theirs)
+                values["win_rate"].append(won)
+                values["won_squared"].append(won**2)
+                values["won_and_ended"].append(won * end)
+            line = {"step": step, "prompt": prompt.text, "response": text, "ended": end}
+            line |= {"reward": reward, "reference": prompt.reference, "reference_reward": theirs}
             samples.append(line)
-    metrics = {}
+    means = {}
     for name, parts in values.items():
         total = run.world * torch.tensor(parts[:count], dtype=torch.float64).sum()
-        metrics[f"eval/{name}"] = run.average(total).item() / len(prompts)
-    return metrics, samples[:count]
+        means[name] = run.average(total).item() / len(prompts)
+    if "win_rate" in means:
+        variance = means.pop("won_squared") - means["win_rate"] ** 2
+        means["win_rate_se"] = (max(0.0, variance) / len(prompts)) ** 0.5
+        won_and_ended = means.pop("won_and_ended")
+        if means["eos_rate"]:
+            means["win_rate_ended"] = won_and_ended / means["eos_rate"]
+    return {f"eval/{name}": mean for name, mean in means.items()}, samples[:count]
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tensor) -> dict:
@@ -650,3 +798,34 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, proposal_logprobs: Tens
         "kl/ref": (weights * -ratio).sum(1).mean(),
         "kl/k3": (weights * (ratio.exp() - 1 - ratio)).sum(1).mean(),
     }
+
+
+def sampling_gap(batch: Batch, proposal_logprobs: Tensor) -> dict:
+    """kl/sampling_gap, in nats per response: how far the log-probs as drawn are, on average, from
+    those of the same model recomputed. More than rounding shows a broken sampler.
+
+    Responses of the data set were not drawn, and have none.
+    """
+    if batch.sampled_logprobs is None:
+        return {}
+    return {"kl/sampling_gap": (batch.sampled_logprobs - proposal_logprobs).abs().mean()}
+
+
+def say_effective_samples(rewards: Tensor, flag: str, temperature: float) -> None:
+    """Prints how many of the first samples count in a target exp(r / τ), of rewards r [P, N] and
+    the τ of `flag`, and which τ would leave half of them: 1 / Σ weight², mean over the prompts."""
+    n = rewards.shape[1]
+
+    def left(temperature: float) -> float:
+        weights = torch.softmax(rewards.double() / temperature, dim=1)
+        return (1 / weights.square().sum(1)).mean().item()
+
+    spread = rewards.std(1, correction=0).mean().item()
+    least, most = 1e-3 * spread, 1e3 * spread
+    for _ in range(40):  # bisection: the larger τ, the more are left
+        middle = math.sqrt(least * most)
+        least, most = (middle, most) if left(middle) < n / 2 else (least, middle)
+    print(
+        f"reward/std {spread:.3g}: {flag} {temperature} leaves {left(temperature):.1f} of {n} "
+        f"samples, {flag} {most:.2g} would leave {left(most):.1f}"
+    )

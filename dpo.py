@@ -13,7 +13,8 @@ Bradley-Terry model of pairs (y_w preferred to y_l), this gives a loss without r
     slic      max(0, δ − log π_θ(y_w) + log π_θ(y_l)) − λ log π_θ(y_ref)   SLiC as published   (3)
 
 --pairs sampled draws N responses of each prompt from the start model and takes the best and the
-worst by the reward model (DPO-sft at N = 2); --pairs dataset takes the columns chosen and rejected.
+worst by the reward model (DPO-sft at N = 2), --pairs policy draws them from the policy as it is
+(online DPO), --pairs dataset takes the columns chosen and rejected.
 
 P prompts per step, N samples per prompt. Log-probs are sums over the tokens of a response, end
 token included, in nats at the sampling temperature. The batch that is trained on holds y_w, y_l
@@ -49,19 +50,25 @@ class Args:
     policy: str = "assets/tiny/sft"
     """causal LM to train, and the reference it starts from: a folder or a hub name"""
     reward_model: str = "assets/tiny/reward"
-    """sequence classifier with one label: a folder or a hub name"""
+    """sequence classifier with one label, a folder or a hub name; or FILE.py:FUNCTION"""
     reward_eos: bool = True
     """close a response that ended with the reward model's own end token before it is scored"""
+    missing_eos_penalty: float = 0.0
+    """taken off the reward of a response that was cut, in reward units"""
     dataset: str = "assets/tiny/data"
-    """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+    """.jsonl, .parquet, a folder or a hub name; NAME:CONFIG; NAME:split=train_x,prompt=question"""
+    template: Literal["auto", "raw", "raw-policy", "raw-reward"] = "auto"
+    """text prompts become a user's turn where a model has a chat template, or stay raw"""
+    chat_template_kwargs: str = "{}"
+    """JSON for the policy's chat template, as {"enable_thinking": false}"""
 
     # sampling
     prompts_per_step: int = 16
     """prompts per step (P), all processes together"""
     samples_per_prompt: int = 8
     """responses per prompt (N)"""
-    max_prompt_tokens: int = 512
-    """longer prompts are dropped, and counted"""
+    max_prompt_tokens: int = 0
+    """longer prompts are dropped, and counted; 0 = what the context leaves beside a response"""
     max_response_tokens: int = 64
     """a response is cut after so many tokens"""
     temperature: float = 1.0
@@ -78,10 +85,18 @@ class Args:
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
     """updates in which the step size grows linearly from 0"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """the step size after the warm-up: it stays, or falls to 0 by the end of --steps"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of every weight that is trained"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
-    """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+    """mixed: float32 weights, bfloat16 arithmetic on a GPU; bfloat16: the base below adapters"""
+    lora_rank: int = 0
+    """rank of adapters beside the linear layers, trained in place of all weights (0), by peft"""
+    checkpointing: bool = False
+    """compute each block's activations again in the backward pass, to save memory"""
 
     # run
     seed: int = 1
@@ -95,7 +110,7 @@ class Args:
     run_dir: str = ""
     """folder of the run; empty = runs/<script>-<seed>-<time>"""
     resume: str = ""
-    """folder of a run to continue, under its own flags"""
+    """run folder to continue, by its own flags; --steps may grow"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
@@ -104,8 +119,11 @@ class Args:
     """τ, the KL weight of the target: reward units per nat"""
     loss: Literal["sigmoid", "hinge", "slic"] = "sigmoid"
     """sigmoid: DPO; hinge: SLiC against a reference; slic: SLiC as published"""
-    pairs: Literal["sampled", "dataset"] = "sampled"
-    """best against worst of N samples of the start model, or the data set's chosen and rejected"""
+    pairs: Literal["sampled", "policy", "dataset"] = "sampled"
+    """best against worst of N samples of the start model, or of the policy as it is (online DPO);
+    or the data set's chosen and rejected"""
+    max_pair_tokens: int = 512
+    """the data set's responses are cut after so many tokens"""
     margin: float = 1.0
     """δ of --loss slic, in nats"""
     reference_weight: float = 0.1
@@ -128,6 +146,18 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, tied: Tensor, args: Args) -
     return F.relu(args.margin - delta) - args.reference_weight * logprobs[:, 2]  # (3)
 
 
+def unlike_pairs(tokenizer, policy: common.Model, prompts: list, max_tokens: int) -> list:
+    """The prompts whose chosen and rejected response differ once they are cut; it says how many."""
+    texts = [[prompt.chosen, prompt.rejected] for prompt in prompts]
+    pairs = common.encode_responses(tokenizer, policy, prompts, texts, max_tokens)
+    cut = int((~pairs.ended(policy.end_tokens)).sum())
+    kept = [p for p, (chosen, rejected) in zip(prompts, pairs.responses) if chosen != rejected]
+    equal = len(prompts) - len(kept)
+    print(f"{len(kept):,} pairs, {equal:,} of equal responses dropped; {cut:,} responses were cut")
+    common.require(kept, "--dataset: no pair of unlike responses; raise --max-pair-tokens")
+    return kept
+
+
 def check(args: Args) -> None:
     """Ends the process where flags do not fit the method."""
     common.require(args.beta > 0, f"--beta {args.beta}: must be more than 0")
@@ -146,22 +176,28 @@ def main(args: Args) -> dict[str, float]:
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
-    held_out = common.score_references(reward_model, policy, held_out, 2 * args.prompts_per_step)
+    held_out = common.score_references(run, policy, reward_model, held_out)
     ref = common.frozen_copy(policy)
 
     # ── models of the method ──
     where = f"--dataset {args.dataset}: a prompt has no"
     for prompt in train_prompts:
         pair = prompt.chosen is not None and prompt.rejected is not None
-        common.require(pair or args.pairs == "sampled", f"{where} chosen and rejected response")
+        common.require(pair or args.pairs != "dataset", f"{where} chosen and rejected response")
         has_reference = prompt.reference is not None
         common.require(has_reference or args.loss != "slic", f"{where} reference response")
+    if args.pairs == "dataset":
+        train_prompts = unlike_pairs(tokenizer, policy, train_prompts, args.max_pair_tokens)
     models = {"policy": policy}
 
     # ── start ──
     common.shard(policy)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        policy.parameters(),
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+        fused=True,
     )
     done = run.open(models, optimizer)
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
@@ -174,11 +210,12 @@ def main(args: Args) -> dict[str, float]:
         n, most_tokens = args.samples_per_prompt, args.max_response_tokens
         seed = common.seed_of(args.seed, step, run.rank)
         started = run.clock()
-        if args.pairs == "sampled":
-            batch = common.sample(ref, prompts, n, most_tokens, args.temperature, seed)
+        if args.pairs != "dataset":
+            sampler = policy if args.pairs == "policy" else ref
+            batch = common.sample(sampler, prompts, n, most_tokens, args.temperature, seed)
         else:
             texts = [[prompt.chosen, prompt.rejected] for prompt in prompts]
-            batch = common.encode_responses(tokenizer, policy, prompts, texts, most_tokens)
+            batch = common.encode_responses(tokenizer, policy, prompts, texts, args.max_pair_tokens)
 
         # ── score ──
         sampled = run.clock()
@@ -186,23 +223,25 @@ def main(args: Args) -> dict[str, float]:
         scored = run.clock()
 
         # ── targets ──
-        if args.pairs == "sampled":
+        tied = torch.zeros(len(prompts), dtype=torch.bool, device=run.device)
+        if args.pairs != "dataset":
             batch = batch.choose(best_and_worst(rewards))
             tied = rewards.amax(1) == rewards.amin(1)
-        else:
-            tied = [chosen == rejected for chosen, rejected in batch.responses]
-            tied = torch.tensor(tied, device=run.device)
         if args.loss == "slic":
             texts = [[prompt.reference] for prompt in prompts]
-            references = common.encode_responses(tokenizer, policy, prompts, texts, most_tokens)
+            references = common.encode_responses(
+                tokenizer, policy, prompts, texts, args.max_pair_tokens
+            )
             batch = batch.beside(references)
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = ref_logprobs
+        if args.pairs == "policy":
+            proposal_logprobs = common.logprobs(policy, batch, args.temperature, args.micro_batch)
 
         # ── update ──
         for update in range(args.updates_per_sample):
             updates = (step - 1) * args.updates_per_sample + update + 1
-            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            lr = common.step_size(args, updates)
             optimizer.param_groups[0]["lr"] = lr
             logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
@@ -210,7 +249,8 @@ def main(args: Args) -> dict[str, float]:
                     policy, batch[rows], args.temperature
                 )
                 part_loss = dpo_loss(part_logprobs, ref_logprobs[rows], tied[rows], args)
-                common.require_finite(part_loss, "the loss", batch[rows])
+                advice = "take a smaller --lr or fewer --updates-per-sample"
+                common.require_finite(part_loss, "the loss", batch[rows], advice)
                 (part_loss.sum() / len(prompts)).backward()
                 logprobs.append(part_logprobs.detach())
                 entropy.append(part_entropy)
@@ -232,6 +272,7 @@ def main(args: Args) -> dict[str, float]:
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(1, correction=0).mean(),
             **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            **common.sampling_gap(batch, proposal_logprobs),
             "entropy/token": entropy.sum() / tokens,
             "length/mean": lengths.mean(),
             "length/eos_rate": batch.ended(policy.end_tokens).float().mean(),

@@ -26,7 +26,7 @@ prompts (GDC), prompt has Z(x) (CDPG); --proposal policy is on-policy DPG. Diffe
  2. Ẑ from a prompt's own N samples makes w/Z self-normalised: exact as N grows, biased at small N.
 
     python gdc.py                                       # the embedded default, no GPU needed
-    python gdc.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
+    python gdc.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6
 
 Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default); step 1 shows
 kl/ref 0. The first test should find gdc/kl_policy below gdc/kl_proposal, so gdc/replaced is 1.
@@ -50,19 +50,25 @@ class Args:
     policy: str = "assets/tiny/sft"
     """causal LM to train, and the reference it starts from: a folder or a hub name"""
     reward_model: str = "assets/tiny/reward"
-    """sequence classifier with one label: a folder or a hub name"""
+    """sequence classifier with one label, a folder or a hub name; or FILE.py:FUNCTION"""
     reward_eos: bool = True
     """close a response that ended with the reward model's own end token before it is scored"""
+    missing_eos_penalty: float = 0.0
+    """taken off the reward of a response that was cut, in reward units"""
     dataset: str = "assets/tiny/data"
-    """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+    """.jsonl, .parquet, a folder or a hub name; NAME:CONFIG; NAME:split=train_x,prompt=question"""
+    template: Literal["auto", "raw", "raw-policy", "raw-reward"] = "auto"
+    """text prompts become a user's turn where a model has a chat template, or stay raw"""
+    chat_template_kwargs: str = "{}"
+    """JSON for the policy's chat template, as {"enable_thinking": false}"""
 
     # sampling
     prompts_per_step: int = 16
     """prompts per step (P), all processes together"""
     samples_per_prompt: int = 8
     """responses per prompt (N)"""
-    max_prompt_tokens: int = 512
-    """longer prompts are dropped, and counted"""
+    max_prompt_tokens: int = 0
+    """longer prompts are dropped, and counted; 0 = what the context leaves beside a response"""
     max_response_tokens: int = 64
     """a response is cut after so many tokens"""
     temperature: float = 1.0
@@ -79,10 +85,18 @@ class Args:
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
     """updates in which the step size grows linearly from 0"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """the step size after the warm-up: it stays, or falls to 0 by the end of --steps"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of every weight that is trained"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
-    """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+    """mixed: float32 weights, bfloat16 arithmetic on a GPU; bfloat16: the base below adapters"""
+    lora_rank: int = 0
+    """rank of adapters beside the linear layers, trained in place of all weights (0), by peft"""
+    checkpointing: bool = False
+    """compute each block's activations again in the backward pass, to save memory"""
 
     # run
     seed: int = 1
@@ -96,7 +110,7 @@ class Args:
     run_dir: str = ""
     """folder of the run; empty = runs/<script>-<seed>-<time>"""
     resume: str = ""
-    """folder of a run to continue, under its own flags"""
+    """run folder to continue, by its own flags; --steps may grow"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
@@ -159,7 +173,7 @@ def main(args: Args) -> dict[str, float]:
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
-    held_out = common.score_references(reward_model, policy, held_out, 2 * args.prompts_per_step)
+    held_out = common.score_references(run, policy, reward_model, held_out)
     ref = common.frozen_copy(policy)
 
     # ── models of the method ──
@@ -174,7 +188,11 @@ def main(args: Args) -> dict[str, float]:
     # ── start ──
     common.shard(policy)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        policy.parameters(),
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+        fused=True,
     )
     done = run.open(models, optimizer)
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
@@ -195,12 +213,14 @@ def main(args: Args) -> dict[str, float]:
         scored = run.clock()
 
         # ── targets ──
+        if step == 1:
+            common.say_effective_samples(rewards, "--beta", args.beta)
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = common.logprobs(proposal, batch, args.temperature, args.micro_batch)
         log_w = log_weights(ref_logprobs, rewards, proposal_logprobs, args.beta)
         raw_weights = log_w.double().exp()
         if args.normalizer == "running":  # an infinite mean would make all weights 0
-            common.require_finite(raw_weights, "the weight", batch)
+            common.require_finite(raw_weights, "the weight", batch, "take a larger --beta")
         mean_weight = run.average(raw_weights.clamp(max=MOST).mean())
         running.z.lerp_(mean_weight, 1 / step)  # the mean over all samples so far
         log_z = log_mean_weight(log_w) if args.normalizer == "prompt" else running.z.log()
@@ -209,7 +229,7 @@ def main(args: Args) -> dict[str, float]:
         # ── update ──
         for update in range(args.updates_per_sample):
             updates = (step - 1) * args.updates_per_sample + update + 1
-            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            lr = common.step_size(args, updates)
             optimizer.param_groups[0]["lr"] = lr
             logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
@@ -219,7 +239,8 @@ def main(args: Args) -> dict[str, float]:
                 part_loss = gdc_loss(
                     part_logprobs, proposal_logprobs[rows], weights[rows], args.baseline
                 )
-                common.require_finite(part_loss, "the loss", batch[rows])
+                advice = "take a smaller --lr or fewer --updates-per-sample"
+                common.require_finite(part_loss, "the loss", batch[rows], advice)
                 (part_loss.sum() / len(prompts)).backward()
                 logprobs.append(part_logprobs.detach())
                 entropy.append(part_entropy)
@@ -237,7 +258,8 @@ def main(args: Args) -> dict[str, float]:
         tested = {}
         if args.proposal == "adaptive" and step % args.test_every == 0:
             seed = common.seed_of(args.seed, "test", step, run.rank)
-            fresh = common.sample(proposal, prompts, n, most_tokens, args.temperature, seed)
+            unseen = common.pick(train_prompts, step + 1, args, run.rank, run.world)
+            fresh = common.sample(proposal, unseen, n, most_tokens, args.temperature, seed)
             fresh_rewards = common.score(reward_model, fresh, args.micro_batch)
             start = common.logprobs(ref, fresh, args.temperature, args.micro_batch)
             old = common.logprobs(proposal, fresh, args.temperature, args.micro_batch)
@@ -261,6 +283,7 @@ def main(args: Args) -> dict[str, float]:
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(1, correction=0).mean(),
             **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            **common.sampling_gap(batch, proposal_logprobs),
             "entropy/token": entropy.sum() / tokens,
             "length/mean": lengths.mean(),
             "length/eos_rate": batch.ended(policy.end_tokens).float().mean(),

@@ -4,9 +4,10 @@ Source: Yang et al., AISTATS 2025, 2410.20727. Its body could not be read: the g
 kinds of risk are the paper's; every formula below and every default is derived, from its abstract
 and from magnetic mirror descent (Sokota et al., 2206.05825). docs/wind.md has the derivations.
 
-With P(y ≻ y′) = 1 if r(y) > r(y′), ½ if equal, else 0, and g_t(y) = E_{y′~π_t} P(y ≻ y′), the game
-maximises E_{y~π} P(y ≻ π′) − β·KL(π‖π_ref). Its equilibrium is π* ∝ π_ref · exp(g_π*(y) / β), and
-a step of size η towards it, with the previous policy π_t for opponent, is
+P(y ≻ y′) is 1 if r(y) > r(y′), ½ if equal, else 0; or, by --preference bradley-terry, σ(r − r′).
+With g_t(y) = E_{y′~π_t} P(y ≻ y′) the game maximises E_{y~π} P(y ≻ π′) − β·KL(π‖π_ref). Its
+equilibrium is π* ∝ π_ref · exp(g_π*(y) / β), and a step of size η towards it, with the previous
+policy π_t for opponent, is
 
     π_{t+1} ∝ π_t^{1/(1+βη)} · π_ref^{βη/(1+βη)} · exp(η/(1+βη) · g_t),   in other words
     ψ_θ(y) + c(x) = g_t(y) with ψ_θ = (β + 1/η)·log π_θ − β·log π_ref − (1/η)·log π_t     (1)
@@ -26,10 +27,10 @@ token included, in nats at the sampling temperature; they and the rewards are [P
     π_t = proposal_logprobs    π_ref = ref_logprobs    π_θ = logprobs    ĝ = win_rate
 
     python wind.py                                      # the embedded default, no GPU needed
-    python wind.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6 --beta 0.1
+    python wind.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6
 
 Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default). At step 1, ψ
-is 0, so the loss of `square` is the variance of ĝ, close to (1 − 1/K²)/12 without ties.
+is 0, so the loss of `square` is the variance of ĝ: close to (1 − 1/K²)/12 if hard, without ties.
 """
 
 import math
@@ -48,19 +49,25 @@ class Args:
     policy: str = "assets/tiny/sft"
     """causal LM to train, and the reference it starts from: a folder or a hub name"""
     reward_model: str = "assets/tiny/reward"
-    """sequence classifier with one label: a folder or a hub name"""
+    """sequence classifier with one label, a folder or a hub name; or FILE.py:FUNCTION"""
     reward_eos: bool = True
     """close a response that ended with the reward model's own end token before it is scored"""
+    missing_eos_penalty: float = 0.0
+    """taken off the reward of a response that was cut, in reward units"""
     dataset: str = "assets/tiny/data"
-    """prompts and reference completions: .jsonl, .parquet, a folder or a hub name"""
+    """.jsonl, .parquet, a folder or a hub name; NAME:CONFIG; NAME:split=train_x,prompt=question"""
+    template: Literal["auto", "raw", "raw-policy", "raw-reward"] = "auto"
+    """text prompts become a user's turn where a model has a chat template, or stay raw"""
+    chat_template_kwargs: str = "{}"
+    """JSON for the policy's chat template, as {"enable_thinking": false}"""
 
     # sampling
     prompts_per_step: int = 16
     """prompts per step (P), all processes together"""
     samples_per_prompt: int = 8
     """responses per prompt (N)"""
-    max_prompt_tokens: int = 512
-    """longer prompts are dropped, and counted"""
+    max_prompt_tokens: int = 0
+    """longer prompts are dropped, and counted; 0 = what the context leaves beside a response"""
     max_response_tokens: int = 64
     """a response is cut after so many tokens"""
     temperature: float = 1.0
@@ -77,10 +84,18 @@ class Args:
     """AdamW's step size after the warm-up; 1e-6 suits models of 1B parameters and more"""
     warmup_steps: int = 10
     """updates in which the step size grows linearly from 0"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """the step size after the warm-up: it stays, or falls to 0 by the end of --steps"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of every weight that is trained"""
     max_grad_norm: float = 1.0
     """the gradient is scaled down to this norm"""
     dtype: Literal["mixed", "float32", "bfloat16"] = "mixed"
-    """of the policy: float32 weights with bfloat16 autocast on a GPU, or pure"""
+    """mixed: float32 weights, bfloat16 arithmetic on a GPU; bfloat16: the base below adapters"""
+    lora_rank: int = 0
+    """rank of adapters beside the linear layers, trained in place of all weights (0), by peft"""
+    checkpointing: bool = False
+    """compute each block's activations again in the backward pass, to save memory"""
 
     # run
     seed: int = 1
@@ -94,7 +109,7 @@ class Args:
     run_dir: str = ""
     """folder of the run; empty = runs/<script>-<seed>-<time>"""
     resume: str = ""
-    """folder of a run to continue, under its own flags"""
+    """run folder to continue, by its own flags; --steps may grow"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
@@ -103,6 +118,8 @@ class Args:
     """β, the KL weight of the game: win rate per nat"""
     eta: float = 5.0
     """η, the step towards the equilibrium that each renewal of the opponent allows"""
+    preference: Literal["hard", "bradley-terry"] = "hard"
+    """P(y ≻ y′): the higher reward wins, or it wins with probability σ(r − r′)"""
     risk: Literal["square", "kl", "nce"] = "square"
     """how ψ is regressed on the win rate: squared, Bernoulli, or winners against samples"""
     refresh_every: int = 5
@@ -112,11 +129,11 @@ class Args:
 FLOOR = 0.02  # win rates below it (and above 1 − it) are as good as 0 (1)
 
 
-def win_rates(rewards: Tensor, risk: str) -> Tensor:
+def win_rates(rewards: Tensor, risk: str, preference: str = "hard") -> Tensor:
     """ĝ [P, N] in [0, 1] of rewards [P, N]: with itself for `square`, else leave-one-out."""
-    mine, theirs = rewards[:, :, None], rewards[:, None, :]
-    wins = ((mine > theirs).float() + 0.5 * (mine == theirs)).sum(2)
-    n = rewards.shape[1]
+    gap = rewards[:, :, None] - rewards[:, None, :]  # r − r′
+    duels = gap.sigmoid() if preference == "bradley-terry" else (gap.sign() + 1) / 2
+    wins, n = duels.sum(2), rewards.shape[1]
     return wins / n if risk == "square" else (wins - 0.5) / (n - 1)  # (2)
 
 
@@ -178,7 +195,7 @@ def main(args: Args) -> dict[str, float]:
     train_prompts, held_out = common.load_prompts(args, tokenizer)
     policy = common.load_policy(run, tokenizer)
     reward_model = common.load_reward_model(run, policy, tokenizer)
-    held_out = common.score_references(reward_model, policy, held_out, 2 * args.prompts_per_step)
+    held_out = common.score_references(run, policy, reward_model, held_out)
     ref = common.frozen_copy(policy)
 
     # ── models of the method ──
@@ -188,7 +205,11 @@ def main(args: Args) -> dict[str, float]:
     # ── start ──
     common.shard(policy)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        policy.parameters(),
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+        fused=True,
     )
     done = run.open(models, optimizer)
     evaluation, samples = common.evaluate(run, done, policy, ref, reward_model, held_out)
@@ -211,12 +232,12 @@ def main(args: Args) -> dict[str, float]:
         # ── targets ──
         ref_logprobs = common.logprobs(ref, batch, args.temperature, args.micro_batch)
         proposal_logprobs = common.logprobs(proposal, batch, args.temperature, args.micro_batch)
-        win_rate = win_rates(rewards, args.risk)
+        win_rate = win_rates(rewards, args.risk, args.preference)
 
         # ── update ──
         for update in range(args.updates_per_sample):
             updates = (step - 1) * args.updates_per_sample + update + 1
-            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            lr = common.step_size(args, updates)
             optimizer.param_groups[0]["lr"] = lr
             logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
@@ -226,7 +247,8 @@ def main(args: Args) -> dict[str, float]:
                 part_loss = wind_loss(
                     part_logprobs, ref_logprobs[rows], proposal_logprobs[rows], win_rate[rows], args
                 )
-                common.require_finite(part_loss, "the loss", batch[rows])
+                advice = "take a smaller --lr or fewer --updates-per-sample"
+                common.require_finite(part_loss, "the loss", batch[rows], advice)
                 (part_loss.sum() / len(prompts)).backward()
                 logprobs.append(part_logprobs.detach())
                 entropy.append(part_entropy)
@@ -252,6 +274,7 @@ def main(args: Args) -> dict[str, float]:
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(1, correction=0).mean(),
             **common.kl_estimates(logprobs, ref_logprobs, proposal_logprobs),
+            **common.sampling_gap(batch, proposal_logprobs),
             "entropy/token": entropy.sum() / tokens,
             "length/mean": lengths.mean(),
             "length/eos_rate": batch.ended(policy.end_tokens).float().mean(),

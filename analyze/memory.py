@@ -12,7 +12,6 @@ GB = 1e9  # as in the names of cards; a card of 80 GB has a little more
 CARDS = {"H100": (80, 3.35e12), "H200": (141, 4.8e12)}  # GB, bytes/s of its memory
 FLOPS, SHARE = 989e12, 0.4  # dense bfloat16 of both cards, per second; the share that is assumed
 LINKS = {1: 1.0, 8: 450e9, 16: 400e9}  # bytes/s: NVLink; two machines by 8 links of 400 Gbit/s
-DTYPES = {4: "mixed", 2: "bfloat16"}
 
 
 @dataclass
@@ -38,6 +37,12 @@ class Llama:
     def root(self) -> int:
         """Parameters outside the blocks: embeddings, head, last norm."""
         return (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+
+    def adapters(self, rank: int) -> int:
+        """Parameters of low-rank adapters beside all that multiplies in the blocks."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sides = 7 * self.hidden + 2 * q + 2 * kv + 3 * self.inner
+        return self.layers * rank * sides
 
     @property
     def parameters(self) -> int:
@@ -67,84 +72,117 @@ MODELS = {
     "70B": Llama(80, 8192, 28672, 64, 8, 128, 128256),
 }
 
+
+@dataclass
+class Setup:
+    """The flags that memory depends on, and the number of GPUs."""
+
+    gpus: int = 1
+    weight: int = 4  # bytes of a weight: 4 under --dtype mixed, 2 of a base under bfloat16
+    rank: int = 0  # --lora-rank
+    checkpointing: bool = False
+
+    @property
+    def flags(self) -> str:
+        """The words of a table."""
+        words = ["mixed" if self.weight == 4 else "bfloat16"]
+        words += [f"--lora-rank {self.rank}"] * (self.rank > 0)
+        return " ".join([*words, *["--checkpointing"] * self.checkpointing])
+
+
 CASES = [
-    (name, weight, gpus)
-    for name, weight in (("1B", 4), ("8B", 4), ("8B", 2), ("70B", 4), ("70B", 2))
-    for gpus in (1, 8, 16)
+    *(("1B", Setup(gpus)) for gpus in (1, 8)),
+    *(("8B", Setup(gpus)) for gpus in (1, 8, 16)),
+    ("8B", Setup(8, checkpointing=True)),
+    *(("8B", Setup(gpus, 2, 16)) for gpus in (1, 8)),
+    *(("8B", Setup(gpus, 2, 16, True)) for gpus in (1, 8)),
+    *(("70B", Setup(gpus, checkpointing=True)) for gpus in (8, 16)),
+    *(("70B", Setup(gpus, 2, 16, True)) for gpus in (8, 16)),
 ]
 
 
-def kept(model: Llama, gpus: int, weight: int = 4, copies: int = 2) -> dict[str, float]:
+def kept(model: Llama, setup: Setup, copies: int = 2) -> dict[str, float]:
     """Bytes per GPU of what stays for the whole run.
 
-    `weight` is the bytes of one weight, 4 under --dtype mixed and 2 under bfloat16; `copies` counts
-    the frozen ones, a reference and a proposal or anchor. The reward model is as large as the
-    policy, and in bfloat16.
+    `copies` counts the frozen ones, a reference and a proposal or anchor. With adapters they share
+    the base on one GPU, and have it each on several. The reward model is as large as the policy,
+    and in bfloat16.
     """
-    n = model.parameters / gpus
+    base = setup.weight * model.parameters / setup.gpus
+    adapters = 4 * model.adapters(setup.rank) / setup.gpus
+    copied = base if setup.rank == 0 or setup.gpus > 1 else 0
     return {
-        "weights": weight * n,
-        "moments": 2 * weight * n,
-        "reference": weight * n,
-        "proposal or anchor": (copies - 1) * weight * n,
-        "reward model": 2 * n,
+        "weights": base + adapters,
+        "moments": 2 * adapters if setup.rank else 2 * base,
+        "reference": copied + adapters,
+        "proposal or anchor": (copies - 1) * (copied + adapters),
+        "reward model": 2 * model.parameters / setup.gpus,
     }
 
 
-def sampling(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
+def sampling(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
     """Bytes per GPU while it samples.
 
     They are a whole copy, which one process need not make, and the cache of keys and values in
     bfloat16.
     """
+    whole = setup.weight * model.parameters + 4 * model.adapters(setup.rank)
     numbers = model.layers * 2 * model.kv_heads * model.head_dim * batch.prompts * batch.slots
-    return {"gathered copy": weight * model.parameters * (gpus > 1), "cache": 2 * numbers}
+    return {"gathered copy": whole * (setup.gpus > 1), "cache": 2 * numbers}
 
 
-def activations(model: Llama, slots: int, hidden: int = 34, inner: int = 8) -> int:
-    """Bytes that the blocks keep for the backward pass of so many slots.
+def activations(model: Llama, slots: int, setup: Setup) -> int:
+    """Bytes that the blocks keep for the backward pass of so many slots, under autocast.
 
-    `hidden` and `inner` are bytes per number of a state and of a feed-forward layer: 34 and 8 under
-    autocast, which keeps the norms in float32; 24 and 8 in bfloat16; 40 and 16 in float32.
+    All weights: 34 bytes per number of a state and 8 per number of a feed-forward layer. Adapters:
+    28 and 8, and 14 per rank. With --checkpointing each block keeps its input, and one at a time
+    all that.
     """
-    each = hidden * model.hidden + inner * model.inner + 4 * model.heads + 8
+    hidden, inner, rank = (28, 8, 14 * setup.rank) if setup.rank else (34, 8, 0)
+    each = hidden * model.hidden + inner * model.inner + 4 * model.heads + 8 + rank
+    if setup.checkpointing:
+        return slots * (model.layers * setup.weight * model.hidden + each)
     return model.layers * slots * each
 
 
-def update(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
+def update(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
     """Bytes per GPU in a backward pass.
 
     They are the gradients; root and two blocks gathered, and the gradients of root and one block
-    before they are reduced; bfloat16 copies, which autocast keeps, of all that multiplies in the
-    blocks; activations; logits in float32, three times a chunk.
+    before they are reduced, if they have any; bfloat16 copies, which autocast keeps, of float32
+    weights that multiply in the blocks; activations; logits in float32, three times a chunk.
     """
-    gathered = weight * (2 * model.root + 3 * model.block) * (gpus > 1)
+    adapters = model.adapters(setup.rank)
+    gathered = 2 * model.root + 3 * model.block
+    if setup.rank:
+        gathered = model.root + 2 * model.block
     logits = batch.micro_batch * batch.samples * batch.response_tokens * model.vocab
     return {
-        "gradients": weight * model.parameters / gpus,
-        "gathered blocks": gathered,
-        "autocast's copies": 2 * model.layers * model.block * (weight == 4),
-        "activations": activations(
-            model, batch.micro_batch * batch.slots, 34 if weight == 4 else 24
-        ),
+        "gradients": 4 * (adapters if setup.rank else model.parameters) / setup.gpus,
+        "gathered blocks": setup.weight * gathered * (setup.gpus > 1),
+        "autocast's copies": 2 * model.layers * model.block * (setup.weight == 4) + 2 * adapters,
+        "activations": activations(model, batch.micro_batch * batch.slots, setup),
         "logits": 3 * 4 * min(max(256 * model.vocab, 2**22), logits),
     }
 
 
-def seconds(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> dict[str, float]:
+def seconds(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
     """Seconds of a step's parts on H200 cards.
 
     Nothing is counted but arithmetic, the memory's rate in sampling, and links.
     """
-    n, slots = model.parameters, batch.prompts * batch.slots
+    n, slots, gpus = model.parameters, batch.prompts * batch.slots, setup.gpus
     passes = -(-batch.prompts // batch.micro_batch)
     # A sampled token reads all weights; autocast also writes and reads them again in bfloat16.
-    drawn = batch.response_tokens * (8 if weight == 4 else 2) * n / CARDS["H200"][1]
+    drawn = batch.response_tokens * (8 if setup.weight == 4 else 2) * n / CARDS["H200"][1]
     prefill = 2 * n * batch.prompts * batch.prompt_tokens / (FLOPS * SHARE)
-    arithmetic = (6 + 2 + 2 + 2) * n * slots / (FLOPS * SHARE)  # update, two log-probs, rewards
+    # The update: forward, backward to states and to weights, and forward once more.
+    parts = 2 + 2 + 2 * (setup.rank == 0) + 2 * setup.checkpointing
+    arithmetic = (parts + 2 + 2 + 2) * n * slots / (FLOPS * SHARE)  # two log-probs, rewards
     # Sampling gathers once. Each pass gathers: reference, proposal, rewards, policy forward and
     # backward, and then reduces the gradients, in float32.
-    traffic = weight * n + passes * (4 * weight + 2 + 4) * n
+    gradients = 4 * (setup.rank == 0)
+    traffic = setup.weight * n + passes * (4 * setup.weight + 2 + gradients) * n
     links = (gpus > 1) * traffic * (gpus - 1) / gpus / LINKS[gpus]
     return {"sampling": drawn + prefill, "arithmetic": arithmetic, "links": links}
 
@@ -155,47 +193,36 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def most(model: Llama, batch: Batch, gpus: int, weight: int = 4) -> float:
+def most(model: Llama, batch: Batch, setup: Setup) -> float:
     """Bytes per GPU at the worst time, the sampling or the backward pass."""
-    drawing, training = (
-        sum(part(model, batch, gpus, weight).values()) for part in (sampling, update)
-    )
-    return sum(kept(model, gpus, weight).values()) + max(drawing, training)
+    drawing = sum(sampling(model, batch, setup).values())
+    training = sum(update(model, batch, setup).values())
+    return sum(kept(model, setup).values()) + max(drawing, training)
 
 
 def memory_table(batch: Batch) -> str:
     """GB per GPU, and whether it fits."""
     rows = []
-    for name, weight, gpus in CASES:
+    for name, setup in CASES:
         model = MODELS[name]
-        parts = (
-            kept(model, gpus, weight)
-            | sampling(model, batch, gpus, weight)
-            | update(model, batch, gpus, weight)
-        )
-        peak = most(model, batch, gpus, weight)
+        parts = kept(model, setup) | sampling(model, batch, setup) | update(model, batch, setup)
+        peak = most(model, batch, setup)
         fits = [f"{size}" for size, _ in CARDS.values() if peak < size * GB]
-        rows.append(
-            [
-                name,
-                DTYPES[weight],
-                str(gpus),
-                *(f"{x / GB:.1f}" for x in parts.values()),
-                f"{peak / GB:.1f}",
-                ", ".join(fits) or "none",
-            ]
-        )
+        sizes = [f"{x / GB:.1f}" for x in (*parts.values(), peak)]
+        rows.append([name, setup.flags, str(setup.gpus), *sizes, ", ".join(fits) or "none"])
     return table(["model", "--dtype", "GPUs", *parts, "most at once", "fits GB"], rows)
 
 
 def time_table(batch: Batch) -> str:
     """Computed seconds of a step, where it fits a card of 141 GB."""
     rows = []
-    for name, weight, gpus in CASES:
-        parts = seconds(MODELS[name], batch, gpus, weight)
+    for name, setup in CASES:
+        parts = seconds(MODELS[name], batch, setup)
         cells = [f"{x:.1f}" for x in (*parts.values(), sum(parts.values()))]
-        if most(MODELS[name], batch, gpus, weight) < CARDS["H200"][0] * GB:
-            rows.append([name, DTYPES[weight], str(gpus), str(gpus * batch.prompts), *cells])
+        if most(MODELS[name], batch, setup) < CARDS["H200"][0] * GB:
+            rows.append(
+                [name, setup.flags, str(setup.gpus), str(setup.gpus * batch.prompts), *cells]
+            )
     return table(["model", "--dtype", "GPUs", "prompts a step", *parts, "sum"], rows)
 
 

@@ -191,7 +191,7 @@ def outcome(path: Path, content: bytes, tokenizer) -> tuple[str, str]:
     """(what reading the file came to, what is wrong with that)."""
     path.write_bytes(content)
     said, error = io.StringIO(), io.StringIO()
-    args = brain.Args(dataset=str(path), max_prompt_tokens=200)
+    args = brain.Args(dataset=str(path), max_prompt_tokens=200, reward_model="builtins:len")
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
             kept = common.load_prompts(args, tokenizer)
@@ -203,8 +203,7 @@ def outcome(path: Path, content: bytes, tokenizer) -> tuple[str, str]:
         return "refused, row named" if named else "refused as a whole", wrong
     except BaseException as failure:  # the point of it all
         return "traceback", f"{type(failure).__name__}: {failure!s:.200}"
-    counts = re.findall(r"dropped (\d+) with .*? and (\d+) longer", said.getvalue())
-    dropped = sum(int(x) for pair in counts for x in pair)
+    dropped = sum(map(int, re.findall(r"dropped (\d+)", said.getvalue())))
     total = sum(map(len, kept)) + dropped
     rows = sum(map(len, data._read_splits(str(path)).values()))
     wrong = "" if total == rows else f"{total} of {rows} rows accounted for"

@@ -10,8 +10,8 @@ in a large copy. Then, with random weights of a Llama of the size asked for:
             Slots of a shared prompt count once; the second figure counts them once per response.
   sampling  tokens per second against the floor: a step must read the weights once and, of each row,
             the prompt's keys and values once and those of its responses so far.
-On a GPU the policy runs as --dtype bfloat16 does, on a CPU in float32. Adds a line to
-benchmarks/results/limit.jsonl.
+On a GPU all weights are bfloat16, as no run trains them: it is the limit that counts here. On a CPU
+they are float32. Adds a line to benchmarks/results/limit.jsonl.
 """
 
 import statistics

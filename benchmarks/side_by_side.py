@@ -13,6 +13,7 @@ import transformers
 
 import common
 from benchmarks.where import ROOT
+from plumbing.data import Layout
 from plumbing.models import Model, turn_products
 
 VOCABULARY = 8_000
@@ -54,7 +55,13 @@ def make_reward_model(tokenizer, **shape) -> common.RewardModel:
     turn_products(module)
     module.requires_grad_(False)
     return common.RewardModel(
-        Model(module), tokenizer, tokenizer, policy_ends=[1], add_end=False, same_tokens=True
+        tokenizer,
+        [1],
+        torch.device("cpu"),
+        model=Model(module),
+        layout=Layout(tokenizer),
+        add_end=False,
+        same_tokens=True,
     )
 
 

@@ -1,17 +1,24 @@
 """Rows of a data set become prompts.
 
 Reading, splitting and choosing rows is the `datasets` library's and is called through
-`load_prompts`; here rows of the usual column formats become a `Prompt`, which holds the tokens that
-the policy reads, and the answers that the data set gives. `common` calls `encode_prompt` once more
-for a reward model with a tokenizer of its own.
+`load_prompts`; here rows of the usual column formats become a `Prompt`, laid out by the policy's
+chat template, with the answers that the data set gives. `common` lays the same prompts out once
+more for the reward model.
 """
 
+import json
 import os
 import random
+import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from plumbing.models import is_function, load_tokenizer, room
 from plumbing.run import explained, found, require, seed_of
+
+COLUMNS = ("prompt", "completion", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -23,38 +30,169 @@ class Prompt:
     reference: str | None = None  # the data set's completion, or else its chosen response
     chosen: str | None = None
     rejected: str | None = None
-    messages: list[dict] | None = None  # set when the data set holds chat messages
+    source: str | list[dict] | None = None  # as the data set has it, where that is not `text`
     reference_reward: float | None = None  # set on held-out prompts
+
+    def __post_init__(self):
+        object.__setattr__(self, "source", self.source or self.text)
+
+
+# ── How a model reads text ────────────────────────────────────────────────────────────────────────
+
+
+class Layout:
+    """What stands before and behind an answer, as one model was trained to read it.
+
+    Where its tokenizer has a chat template, text too becomes a user's turn, unless `raw`. The
+    methods raise whatever a template raises at messages that it refuses.
+    """
+
+    def __init__(self, tokenizer, raw: bool = False, arguments: str = "{}"):
+        self.tokenizer = tokenizer
+        self.raw = raw
+        with explained(f"--chat-template-kwargs {arguments}"):
+            self.arguments = dict(json.loads(arguments))
+
+    def turns(self, prompt: str | list[dict]) -> list[dict] | None:
+        """The prompt as chat messages, or None where it is read as plain text."""
+        has_template = bool(self.tokenizer.chat_template)
+        if isinstance(prompt, str):
+            return _turns_of(prompt) if has_template and not self.raw else None
+        if not has_template:
+            name = self.tokenizer.name_or_path
+            raise ValueError(f"chat messages, but {name} has no chat template")
+        return prompt
+
+    def before(self, prompt: str | list[dict]) -> str:
+        """The text that a policy continues."""
+        turns = self.turns(prompt)
+        return self._write(turns, add_generation_prompt=True) if turns else prompt
+
+    def around(self, prompt: str | list[dict]) -> tuple[str, list[int]]:
+        """(text before an answer, tokens behind it) in a finished conversation.
+
+        A template may write more there than it lets a policy continue: Qwen3 an empty thought.
+        """
+        turns = self.turns(prompt)
+        if not turns:
+            return prompt, [self.tokenizer.eos_token_id]
+        whole = self._write([*turns, {"role": "assistant", "content": "<answer>"}])
+        before, _, behind = whole.rpartition("<answer>")
+        return before, encode_behind(self.tokenizer, "<answer>", [behind])[0]
+
+    def _write(self, turns: list[dict], **more) -> str:
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, **self.arguments, **more)
+
+    def end_token(self) -> int:
+        """What ends a policy's answer: the end of a chat turn, or of the text."""
+        if self.turns(""):
+            first = self.around("")[1][:1]
+            if first and first[0] in self.tokenizer.get_added_vocab().values():
+                return first[0]
+        return self.tokenizer.eos_token_id
+
+    def encode(self, prompt: str | list[dict], text: str) -> list[int]:
+        """Tokens of `text`, the prompt laid out: one start token, where there is one, no end."""
+        bare = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.turns(prompt):
+            return bare  # a template writes the start token itself
+        tokens = self.tokenizer(text)["input_ids"]
+        return tokens[:-1] if tokens[-1:] != bare[-1:] else tokens
+
+
+def encode_behind(tokenizer, text: str, answers: list[str]) -> list[list[int]]:
+    """Tokens of each answer behind `text`.
+
+    Both are encoded together and cut: alone, an answer would begin with the space that
+    SentencePiece writes before any text. Where its first letters melt into the last token of
+    `text`, it is encoded alone.
+    """
+    encode = partial(tokenizer, add_special_tokens=False)
+    start = encode(text)["input_ids"]
+    together = encode([text + answer for answer in answers])["input_ids"]
+    pairs = zip(together, encode(answers)["input_ids"])
+    size = len(start)
+    return [both[size:] if both[:size] == start else alone for both, alone in pairs]
+
+
+def decode_behind(tokenizer, tokens: list[int], answers: list[list[int]]) -> list[str]:
+    """Texts of the answers behind the tokens of a prompt, special tokens included."""
+    decode = partial(
+        tokenizer.batch_decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    before = tokens[-1:]  # a tokenizer may drop the space that begins a text
+    (start,) = decode([before])
+    return [text[len(start) :] for text in decode([before + answer for answer in answers])]
+
+
+def policy_layout(args, tokenizer) -> Layout:
+    """How --policy reads text."""
+    return Layout(tokenizer, args.template in ("raw", "raw-policy"), args.chat_template_kwargs)
+
+
+def reward_layout(args) -> Layout:
+    """How --reward-model reads text."""
+    tokenizer = load_tokenizer("--reward-model", args.reward_model)
+    return Layout(tokenizer, args.template in ("raw", "raw-reward"))
+
+
+def _turns_of(text: str) -> list[dict]:
+    """Text as one turn of a user; a transcript of Anthropic's HH as its turns."""
+    if not text.startswith("\n\nHuman:") or not text.endswith("\n\nAssistant:"):
+        return [{"role": "user", "content": text}]
+    parts = re.split(r"\n\n(Human|Assistant):", text)[1:-2]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(parts[::2], parts[1::2])
+    return [{"role": roles[who], "content": said.strip()} for who, said in pairs]
+
+
+# ── Reading ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts in random order, as many as the run needs; fixed held-out prompts)."""
-    name = args.dataset
-    splits = _read_splits(name)
+    name, selectors = _selected(args.dataset)
+    splits = _read_splits(name, selectors.pop("config", None))
     test = [split for split in splits if split.startswith(("test", "valid", "eval"))]
     train = [split for split in splits if split not in test]
     require(train, f"--dataset {name}: has splits {list(splits)}, and none to train on")
-    rows = splits[train[0]]
-    columns = rows.column_names
-    require(
-        "prompt" in columns or {"chosen", "rejected"} <= set(columns),
-        f"--dataset {name}: has columns {columns[:20]}; needed are prompt (+ completion), or "
-        "chosen and rejected",
-    )
-    if test:
-        count, held_out = len(rows), splits[test[0]]
-    else:
+    train = selectors.pop("split", train[0])
+    test.sort(key=lambda split: split != train.replace("train", "test"))  # train_x with test_x
+    test = selectors.pop("test", test[0] if test else None)
+    for split in (train, test or train):
+        require(split in splits, f"--dataset {args.dataset}: has splits {list(splits)}")
+    rows = _renamed(args.dataset, splits[train], selectors)
+    held_out = _renamed(args.dataset, splits[test], selectors) if test else rows
+    order = random.Random(args.seed).sample(range(len(rows)), len(rows))
+    # The seed of a run does not choose what it is evaluated on.
+    apart = random.Random("held out").sample(range(len(held_out)), len(held_out))
+    if not test:
         require(len(rows) > 1, f"--dataset {name}: no usable row beside the one to hold out")
-        count = len(rows) - min(args.eval_prompts, len(rows) // 2)
-        held_out = rows.skip(count)
-        print(f"--dataset {name}: one split only, so its rows from {count} on are held out")
-    order = random.Random(args.seed).sample(range(count), count)
+        apart = apart[: min(args.eval_prompts, len(rows) // 2)]
+        held = set(apart)
+        order = [number for number in order if number not in held]
+    said = f"{len(order):,} rows of split {train} to train on, {len(apart):,} held out"
+    print(f"--dataset {name}: {said}, of split {test or train}")
+    reader = _Reader(args, tokenizer)
     most = args.steps * args.prompts_per_step
-    train_prompts = _keep(args, tokenizer, rows.select(order), most, "training")
-    return train_prompts, _keep(args, tokenizer, held_out, args.eval_prompts, "held-out")
+    train_prompts = reader.keep(rows, order, most, "training")
+    return train_prompts, reader.keep(held_out, apart, args.eval_prompts, "held-out")
 
 
-def _read_splits(name: str) -> dict:
+def _selected(dataset: str) -> tuple[str, dict]:
+    """(name, selectors) of NAME, NAME:CONFIG or NAME:split=train_prefs,prompt=question."""
+    if Path(dataset).exists():
+        return dataset, {}
+    name, _, rest = dataset.partition(":")
+    parts = [part if "=" in part else f"config={part}" for part in rest.split(",") if part]
+    selectors = dict(part.split("=", 1) for part in parts)
+    known = ("config", "split", "test", *COLUMNS)
+    for selector in selectors:
+        require(selector in known, f"--dataset {dataset}: {selector} is none of {', '.join(known)}")
+    return name, selectors
+
+
+def _read_splits(name: str, config: str | None = None) -> dict:
     """The splits of a local file or folder, or of a data set of the hub."""
     import datasets
 
@@ -65,32 +203,81 @@ def _read_splits(name: str) -> dict:
     with found("--dataset", name) as path:
         if kind:
             return datasets.load_dataset(kind, data_files=path)
-        return datasets.load_dataset(path)
+        return datasets.load_dataset(path, config)
 
 
-def _keep(args, tokenizer, rows, most: int, what: str) -> list[Prompt]:
-    """The first `most` usable prompts of `rows`; what is dropped is counted and said."""
-    kept, empty, long = [], 0, 0
-    for number in range(len(rows)):
-        if len(kept) == most:
-            break
-        with explained(f"--dataset {args.dataset}: {what} row {number}"):
-            prompt, reference, chosen, rejected = split_row(rows[number])
-            text, tokens = encode_prompt(tokenizer, prompt) if prompt else ("", [])
-        answers = [answer for answer in (reference, chosen, rejected) if answer is not None]
-        if not tokens or not all(answer.strip() for answer in answers):
-            empty += 1
-        elif len(tokens) > args.max_prompt_tokens:
-            long += 1
-        else:
-            messages = prompt if isinstance(prompt, list) else None
-            kept.append(Prompt(text, tokens, reference, chosen, rejected, messages))
-    print(
-        f"{len(kept):,} {what} prompts; dropped {empty} with an empty prompt or completion and "
-        f"{long} longer than --max-prompt-tokens {args.max_prompt_tokens}"
+def _renamed(dataset: str, rows, columns: dict):
+    """The rows with the columns that --dataset names under our names."""
+    found_columns = rows.column_names
+    for theirs in columns.values():
+        require(theirs in found_columns, f"--dataset {dataset}: has columns {found_columns[:20]}")
+    hidden = [ours for ours, theirs in columns.items() if ours in found_columns and ours != theirs]
+    names = {theirs: ours for ours, theirs in columns.items() if ours != theirs}
+    rows = rows.remove_columns(hidden).rename_columns(names)
+    require(
+        "prompt" in rows.column_names or {"chosen", "rejected"} <= set(rows.column_names),
+        f"--dataset {dataset}: has columns {found_columns[:20]}; needed are prompt (+ completion), "
+        "or chosen and rejected",
     )
-    require(kept, f"--dataset {args.dataset}: no usable {what} prompt")
-    return kept
+    return rows
+
+
+class _Reader:
+    """Rows become prompts that both models can read."""
+
+    def __init__(self, args, tokenizer):
+        self.dataset = args.dataset
+        self.policy = policy_layout(args, tokenizer)
+        response = args.max_response_tokens
+        self.limit = args.max_prompt_tokens or room("--policy", args.policy) - response
+        self.reward = None
+        if not is_function(args.reward_model):
+            self.reward = reward_layout(args)
+            self.reward_limit = room("--reward-model", args.reward_model) - response
+
+    def keep(self, rows, order: list[int], most: int, what: str) -> list[Prompt]:
+        """The first `most` usable prompts of the rows; what is dropped is counted and said."""
+        kept, dropped = [], Counter()
+        for number in order:
+            if len(kept) == most:
+                break
+            with explained(f"--dataset {self.dataset}: {what} row {number}"):
+                prompt, problem = self.read(rows[number])
+            if problem:
+                dropped[problem] += 1
+            else:
+                kept.append(prompt)
+        said = [f"dropped {count:,} {problem}" for problem, count in dropped.most_common(5)]
+        said = "; ".join([f"{len(kept):,} {what} prompts", *said])
+        print(said)
+        require(kept, f"--dataset {self.dataset}: no usable {what} prompt; {said}")
+        return kept
+
+    def read(self, row: dict) -> tuple[Prompt | None, str]:
+        """The prompt of a row, or else what is wrong with it."""
+        from jinja2 import TemplateError
+
+        source, *answers = split_row(row)
+        if not source or not all(answer.strip() for answer in answers if answer is not None):
+            return None, "with an empty prompt or completion"
+        try:
+            text = self.policy.before(source)
+            if self.reward:
+                scored, closing = self.reward.around(source)
+        except TemplateError as error:
+            return None, f"that a chat template refuses ({error})"
+        tokens = self.policy.encode(source, text)
+        if not tokens:
+            return None, "with an empty prompt or completion"
+        if len(tokens) > self.limit:
+            return None, f"longer than --max-prompt-tokens {self.limit}"
+        if self.reward:
+            length = len(self.reward.encode(source, scored)) + len(closing)
+            if length > self.reward_limit:
+                return None, "that leave --reward-model's context no room for a response"
+        if self.policy.turns(source):  # behind a turn's begin no space is due
+            answers = [answer and answer.strip() for answer in answers]
+        return Prompt(text, tokens, *answers, source), ""
 
 
 def split_row(row: dict) -> tuple:
@@ -140,25 +327,12 @@ def _answer(part: str | list[dict] | None) -> str | None:
     return part[-1]["content"] if isinstance(part, list) else part
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> tuple[str, list[int]]:
-    """(text, tokens) of a prompt with one start token, where there is one, and no end token.
-
-    Chat messages go through the tokenizer's template, which writes the start token itself. Raises
-    whatever a template raises at roles that it refuses.
-    """
-    if isinstance(prompt, list):
-        if not tokenizer.chat_template:
-            raise ValueError(f"chat messages, but {tokenizer.name_or_path} has no chat template")
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokens = tokenizer(prompt)["input_ids"]
-    bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return prompt, tokens[:-1] if tokens[-1:] != bare[-1:] else tokens
-
-
 def pick(prompts: list[Prompt], step: int, args, rank: int, world: int) -> list[Prompt]:
-    """This process's share of the prompts of `step` (from 1). Each epoch has its own order."""
-    picked, orders = [], {}
+    """This process's share of the prompts of `step` (from 1). Each epoch has its own order.
+
+    The first keeps that of `prompts`: a run of more steps, which reads more of them, begins alike.
+    """
+    picked, orders = [], {0: prompts}
     for number in range((step - 1) * args.prompts_per_step, step * args.prompts_per_step):
         epoch, place = divmod(number, len(prompts))
         if epoch not in orders:

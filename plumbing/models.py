@@ -1,20 +1,25 @@
-"""Checkpoints become models: weights, precision, end tokens, copies, several processes.
+"""Checkpoints become models: weights, adapters, end tokens, copies, several processes; and back.
 
 `common` loads policy and reward model through here and checks how they must be fed; the scripts
 make their frozen copies here. What is computed with a model stands in `common`.
 """
 
 import copy
+import importlib.util
+import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from plumbing.run import found, require
+from plumbing.run import explained, found, require, seed_of
 
 FEW_ROWS, LARGE = 32, 2**16  # rows and weights of a product that is turned round on a CPU
+NO_LIMIT = 2**30  # tokens, of a context that has no end
+LORA = ".lora_"  # in the names of adapters' weights, and of no others
 
 
 class Model(torch.nn.Module):
@@ -29,9 +34,10 @@ class Model(torch.nn.Module):
         self.module = module  # transformers' own
         self.end_tokens = list(end_tokens)  # each of them ends a response
         self.shared_rows = True  # all responses in one row with their prompt; else plain rows
-        self.mixed = False  # float32 weights that compute in bfloat16
+        self.mixed = False  # float32 weights, all or the adapters', that compute in bfloat16
+        self.stored_dtype = module.dtype  # of the checkpoint's files
         self.config = module.config.get_text_config()
-        self.context = _context(self.config)  # tokens, or None: no limit
+        self.context = _context(self.config)  # tokens that it can read
         self.window = _known(self.config, "sliding_window")  # tokens a windowed layer looks back
         self.layer_types = _known(self.config, "layer_types")  # which are windowed, if not all
         # What some models do to their logits behind the head: Cohere, Granite, Gemma.
@@ -63,13 +69,13 @@ def _known(config, name: str):
     return getattr(config, name, None)
 
 
-def _context(config) -> int | None:
+def _context(config) -> int:
     """How many tokens a model can read. Beyond the original length of a longrope model its numbers
     would depend on the longest row of the batch."""
     rope = _known(config, "rope_parameters") or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return _known(config, "max_position_embeddings")
+    return _known(config, "max_position_embeddings") or NO_LIMIT
 
 
 # ── Loading ───────────────────────────────────────────────────────────────────────────────────────
@@ -94,6 +100,11 @@ def _load_config(flag: str, name: str):
 
     with found(flag, name) as path:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def room(flag: str, name: str) -> int:
+    """How many tokens a checkpoint's model can read."""
+    return _context(_load_config(flag, name).get_text_config())
 
 
 def _load_module(flag: str, name: str, auto_class, dtype: torch.dtype, device: torch.device):
@@ -121,14 +132,14 @@ def _load_module(flag: str, name: str, auto_class, dtype: torch.dtype, device: t
     return module
 
 
-def load_causal_lm(args, tokenizer, device: torch.device) -> Model:
-    """The model of --policy, with its end tokens."""
+def load_causal_lm(args, tokenizer, end_token: int, device: torch.device) -> Model:
+    """The model of --policy, with its end tokens, of which `end_token` is the usual one."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     flag, name = "--policy", args.policy
-    config = _load_config(flag, name).get_text_config()
-    need = args.max_prompt_tokens + args.max_response_tokens
-    limit = _context(config) or need
+    config = _load_config(flag, name)
+    need = (args.max_prompt_tokens or 1) + args.max_response_tokens
+    limit = room(flag, name)
     require(
         need <= limit,
         f"{flag} {name}: its context of {limit} tokens is shorter than --max-prompt-tokens + "
@@ -136,8 +147,10 @@ def load_causal_lm(args, tokenizer, device: torch.device) -> Model:
     )
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     module = _load_module(flag, name, AutoModelForCausalLM, dtype, device)
+    if args.lora_rank:
+        _add_adapters(module, args)
     own = module.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = [end_token, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     ends = [end for end in dict.fromkeys(ends) if end is not None]
     module.generation_config = GenerationConfig(  # final/ samples as it was trained
         do_sample=True,
@@ -147,7 +160,42 @@ def load_causal_lm(args, tokenizer, device: torch.device) -> Model:
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Model(module, ends)
+    model = Model(module, ends)
+    model.stored_dtype = config.dtype or torch.float32
+    if args.checkpointing:
+        _recompute(model)
+    return model
+
+
+def _add_adapters(module, args) -> None:
+    """Puts x → W x + 2 B A x in the place of each linear layer x → W x but the head (LoRA, Hu et
+    al., 2106.09685): A and B, of --lora-rank, are trained, in float32, and B begins at 0."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=2 * args.lora_rank,
+        target_modules="all-linear",
+        base_model_name_or_path=args.policy,
+    )
+    with warnings.catch_warnings(), torch.random.fork_rng([]), explained("--lora-rank"):
+        warnings.simplefilter("ignore")  # that GPT-2 keeps its matrices turned round, peft sees
+        torch.manual_seed(seed_of(args.seed, "adapters"))
+        peft.inject_adapter_in_model(config, module)
+    experts = any(isinstance(part, peft.tuners.lora.ParamWrapper) for part in module.modules())
+    require(not experts, f"--lora-rank: {args.policy} has experts, which we cannot merge; take 0")
+    for weight in module.parameters():
+        if weight.requires_grad:
+            weight.data = weight.float()  # the base may be bfloat16, which loses small steps
+
+
+def _recompute(model: Model) -> None:
+    """Lets each block keep no more than its input for the backward pass, which runs it again."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    blocks = _blocks(model)
+    for place, block in enumerate(blocks):
+        blocks[place] = checkpoint_wrapper(block, preserve_rng_state=False)  # nothing is random
 
 
 def load_classifier(args, device: torch.device) -> Model:
@@ -159,21 +207,40 @@ def load_classifier(args, device: torch.device) -> Model:
     require(labels == 1, f"{flag} {name}: num_labels is {labels}, but a reward is one number")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     module = _load_module(flag, name, AutoModelForSequenceClassification, dtype, device)
-    require(
-        hasattr(module, "score"),
-        f"{flag} {name}: a {type(module).__name__} does not score the end of a text; take a "
-        "decoder's sequence classifier",
-    )
-    module.requires_grad_(False).score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
-    return Model(module)
+    if hasattr(module, "score"):
+        module.score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
+    return Model(module.requires_grad_(False))
+
+
+def is_function(name: str) -> bool:
+    """Whether --reward-model names a Python function: FILE.py:FUNCTION or MODULE:FUNCTION."""
+    return ":" in name
+
+
+def load_function(name: str):
+    """The function of FILE.py:FUNCTION or MODULE:FUNCTION."""
+    where, _, function = name.rpartition(":")
+    with explained(f"--reward-model {name}"):
+        if not where.endswith(".py"):
+            return getattr(importlib.import_module(where), function)
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, function)
 
 
 # ── Copies and several processes ──────────────────────────────────────────────────────────────────
 
 
 def frozen_copy(model: Model) -> Model:
-    """A copy that is not trained, spread over the processes. Make it before the model is spread."""
-    return shard(copy.deepcopy(model).requires_grad_(False))
+    """A copy that is not trained, spread over the processes. Make it before the model is spread.
+
+    What training cannot change, the weights below adapters, is the model's own; but for several
+    processes, where a weight has one model to be gathered in.
+    """
+    alone = not dist.is_initialized()
+    shared = {id(p): p for p in model.parameters() if alone and not p.requires_grad}
+    return shard(copy.deepcopy(model, shared).requires_grad_(False))
 
 
 def shard(model: Model) -> Model:
@@ -188,8 +255,6 @@ def shard(model: Model) -> Model:
     from torch.distributed import fsdp
 
     blocks = _blocks(model)
-    name = type(model.module).__name__
-    require(blocks, f"a {name} has no list of blocks: run it on one process")
     mesh = dist.init_device_mesh(model.device.type, (dist.get_world_size(),))
     for module in (*blocks, model):
         precision = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -197,10 +262,12 @@ def shard(model: Model) -> Model:
     return model
 
 
-def _blocks(model: Model) -> list[torch.nn.Module]:
+def _blocks(model: Model) -> torch.nn.ModuleList:
     """The blocks of a model: its largest list of modules."""
     lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
-    return [*max(lists, key=lambda part: sum(p.numel() for p in part.parameters()), default=())]
+    kind = type(model.module).__name__
+    require(lists, f"a {kind} has no blocks: take one process, and leave --checkpointing out")
+    return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
 
 
 @contextmanager
@@ -221,10 +288,67 @@ def gathered(model: Model):
             part.reshard()
 
 
+# ── Writing ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_model(model: Model, weights: dict[str, Tensor], tokenizer, folder: Path) -> None:
+    """Writes a checkpoint that loads with from_pretrained, of `weights`, the model's by name.
+
+    It has the type that the model came in. Adapters are merged, and lie in adapter/ for peft.
+    """
+    from safetensors.torch import save_file
+
+    module, plain, cast = model.module, {}, {}
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in _merged(module, weights).items():
+        if id(weight) not in cast:  # a tied weight stays one
+            cast[id(weight)] = _rounded(weight, model.stored_dtype, generator)
+        plain[name] = cast[id(weight)]
+    module.save_pretrained(folder, state_dict=plain)
+    module.config.dtype = model.stored_dtype  # save_pretrained took the module's own
+    module.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    adapters = {name.replace(".default", ""): weights[name] for name in weights if LORA in name}
+    if adapters:
+        module.peft_config["default"].save_pretrained(folder / "adapter")
+        adapters = {f"base_model.model.{name}": weight for name, weight in adapters.items()}
+        save_file(adapters, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A weight in another type; in bfloat16 up or down at random, so that the mean is the weight.
+
+    The nearest number would be the start model's wherever a weight has moved by less than 1/512 of
+    its size, which is nearly all that a short run with small steps has trained.
+    """
+    if not weight.is_floating_point():
+        return weight
+    if dtype != torch.bfloat16:
+        return weight.to(dtype)
+    bits = weight.float().view(torch.int32)  # of which bfloat16 keeps the upper half
+    bits = bits + torch.randint(2**16, bits.shape, dtype=torch.int32, generator=generator)
+    return (bits & -(2**16)).view(torch.float32).to(dtype)
+
+
+def _merged(module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the same model without adapters: W + 2 B A in the place of W, A and B."""
+    merged = {}
+    for name, weight in weights.items():
+        path, below, kind = name.partition(".base_layer.")
+        if below and kind == "weight":
+            a = weights[f"{path}.lora_A.default.weight"]
+            b = weights[f"{path}.lora_B.default.weight"]
+            turned = module.get_submodule(path).fan_in_fan_out  # as GPT-2 keeps its matrices
+            weight = weight.float() + 2 * ((b @ a).T if turned else b @ a)
+        if LORA not in name:
+            merged[name.replace(".base_layer.", ".")] = weight
+    return merged
+
+
 # ── A CPU's products ──────────────────────────────────────────────────────────────────────────────
 
 
-class TurnedLinear(torch.nn.Module):
+class TurnedLinear(torch.nn.Linear):
     """A linear layer whose x Wᵀ is computed as (W xᵀ)ᵀ where x has few rows, as in decoding.
 
     MKL does the first far below the speed of memory, the second two to three times as fast. Not
@@ -232,7 +356,7 @@ class TurnedLinear(torch.nn.Module):
     """
 
     def __init__(self, linear: torch.nn.Linear):
-        super().__init__()
+        super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ The scripts call it at every step; nothing here knows what a method computes. Mo
 """
 
 import importlib
+import inspect
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -16,7 +18,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
@@ -28,10 +30,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 POSITIVE = (
-    "prompts_per_step samples_per_prompt max_prompt_tokens max_response_tokens temperature steps "
+    "prompts_per_step samples_per_prompt max_response_tokens temperature steps "
     "updates_per_sample lr max_grad_norm eval_every eval_prompts save_every"
 ).split()  # numbers that must be more than 0; all others may be 0
-FORMAT = 2  # of checkpoints: raised when what they hold changes
+FORMAT = 3  # of checkpoints: raised when what they hold changes
 HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
 
 
@@ -87,11 +89,22 @@ def _path(flag: str, name: str) -> str:
 
 
 def parse_args(args_class, argv: list[str] | None = None):
-    """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ."""
+    """The flags. `--resume RUN_FOLDER` brings back those of its args.json; none may differ but
+    --steps, which may grow."""
     import tyro
 
-    args = tyro.cli(args_class, args=argv)
+    words = sys.argv[1:] if argv is None else argv
+    if "--help" in words or "-h" in words:
+        tyro.cli(_grouped(args_class), args=["--help"], config=[tyro.conf.OmitArgPrefixes])
+    args = tyro.cli(args_class, args=words)
     if not args.resume:
+        named = {word.split("=")[0].replace("_", "-") for word in words}
+        missing = [f for f in ("--reward-model", "--dataset", "--lr") if f not in named]
+        require(
+            args.policy == args_class.policy or not missing,
+            f"--policy {args.policy}: name {', '.join(missing)} as well, whose defaults are made "
+            "for the embedded policy",
+        )
         return args
     script = Path(sys.modules[args_class.__module__].__file__).name
     path = Path(args.resume, "args.json")
@@ -100,14 +113,35 @@ def parse_args(args_class, argv: list[str] | None = None):
         about = json.loads(path.read_text())
         require(about["script"] == script, f"--resume {args.resume}: a run of {about['script']}")
         saved = args_class(**about["args"] | {"resume": args.resume})
-    args = tyro.cli(args_class, args=argv, default=saved)
+    args = tyro.cli(args_class, args=words, default=saved)
     changed = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in vars(args).items()
-        if value != getattr(saved, name)
+        if value != getattr(saved, name) and not (name == "steps" and value > saved.steps)
     ]
     require(not changed, f"{' '.join(changed)}: {args.resume} has another value; leave it out")
     return args
+
+
+def _grouped(args_class):
+    """The flags as tyro shows them in groups, one dataclass within another for each comment line
+    between them, as `# data`."""
+    groups = {}
+    for line in inspect.getsource(args_class).splitlines():
+        if re.fullmatch(r"    # \w+", line):
+            names = groups.setdefault(line.strip("# "), [])
+        elif re.match(r"    \w+: ", line):
+            names.append(line.split(":")[0].strip())
+    parts = []
+    for group, names in groups.items():
+        # tyro finds the texts of the fields in the class that they are inherited from.
+        others = [field for field in fields(args_class) if field.name not in names]
+        hidden = {other.name: field(init=False, default=other.default) for other in others}
+        types = {other.name: other.type for other in others}
+        part = dataclass(type(group, (args_class,), hidden | {"__annotations__": types}))
+        part.__doc__ = ""
+        parts.append((group, part, field(default_factory=part)))
+    return make_dataclass("Args", parts)
 
 
 def check_numbers(args) -> None:
@@ -141,6 +175,14 @@ class Run:
             f"--prompts-per-step {args.prompts_per_step}: cannot be split over {self.world} "
             "processes",
         )
+        require(
+            args.dtype != "bfloat16" or args.lora_rank,
+            "--dtype bfloat16: its rounding would lose small steps of the weights; take mixed, or "
+            "with it --lora-rank 16, which trains float32 adapters and no other weight",
+        )
+        if args.lora_rank:
+            with explained(f"--lora-rank {args.lora_rank}: pip install peft"):
+                importlib.import_module("peft")
         if args.track != "none":
             with explained(f"--track {args.track}: pip install {args.track}"):
                 self.tracker = importlib.import_module(args.track)
@@ -176,12 +218,14 @@ class Run:
         from tqdm import tqdm
 
         self.models, self.optimizer = models, optimizer
-        self.interrupted, self.warned = False, False
+        self.interrupted = False
         if self.rank == 0 and not self.args.resume:
             self._make_folder()
         if self.rank == 0:
             self._lock()
         done = self._restore() if self.args.resume else 0
+        if self.rank == 0 and self.args.resume:
+            self._grow()
         if self.rank == 0:
             with self._writing("the log"):
                 self.board = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
@@ -210,6 +254,21 @@ class Run:
                 new.rename(self.folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
+
+    def _grow(self) -> None:
+        """Notes that --steps is more than before; final/, of fewer steps, makes room."""
+        path = self.folder / "args.json"
+        about = json.loads(path.read_text())
+        before, now = about["args"]["steps"], self.args.steps
+        if before == now:
+            return
+        with self._writing("args.json"):
+            shutil.rmtree(self.folder / "final", ignore_errors=True)
+            about["args"]["steps"] = now
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(about, indent=2))
+            os.replace(new, path)
+        print(f"{self.folder}: goes on to step {now}, no longer {before}")
 
     def _lock(self) -> None:
         """Lets no other process run this folder until this one ends."""
@@ -241,7 +300,14 @@ class Run:
     # ── checkpoint ──
 
     def _identity(self) -> dict:
-        return {"script": self.script.name} | asdict(self.args) | {"resume": "", "run_dir": ""}
+        where = {"resume": "", "run_dir": "", "steps": 0}  # these may change
+        return {"script": self.script.name} | asdict(self.args) | where
+
+    def _frozen(self) -> set[str]:
+        """The names of the weights that training cannot change: those below adapters."""
+        weights = self.models["policy"].state_dict(keep_vars=True)
+        is_weight = torch.nn.Parameter
+        return {n for n, w in weights.items() if isinstance(w, is_weight) and not w.requires_grad}
 
     def save(self, step: int) -> None:
         """Writes the checkpoint beside the old one, then in its place: a kill leaves one whole."""
@@ -249,8 +315,9 @@ class Run:
 
         whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         saved = {"format": FORMAT, "step": step, "run": self._identity()}
+        frozen = self._frozen()
         for name, model in self.models.items():
-            saved[name] = _whole_weights(model)
+            saved[name] = whole_weights(model, self.rank, frozen)
         saved["optimizer"] = state_dict.get_optimizer_state_dict(
             self.models["policy"], self.optimizer, options=whole
         )
@@ -280,7 +347,11 @@ class Run:
         saved = self._read_checkpoint(path)
         whole = state_dict.StateDictOptions(full_state_dict=True)
         with explained(f"--resume {self.folder}: {path} does not fit the models"):
+            frozen = self._frozen()
             for name, model in self.models.items():
+                missing = model.state_dict().keys() - saved[name].keys() - frozen
+                if missing:
+                    raise ValueError(f"{name} lacks {sorted(missing)[0]}")
                 state_dict.set_model_state_dict(model, saved[name], options=whole)
             whole.strict = False  # a weight that no pass uses has no moments
             state_dict.set_optimizer_state_dict(
@@ -381,14 +452,6 @@ class Run:
         shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
         self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
-        n = self.args.samples_per_prompt
-        share = metrics.get("weights/ess", 1.0)
-        if share * n < min(1.25, n) and not self.warned:
-            self.warned = True
-            self.bar.write(
-                f"warning: weights/ess is {share:.3f} at step {step}: of {n} samples one takes "
-                "nearly all the weight; the target's KL weight may be too small"
-            )
         if "eval/reward" in metrics:
             self.bar.write(f"step {step:4}  {shown}")
 
@@ -401,15 +464,17 @@ class Run:
     def stop(self, step: int) -> None:
         """Ends an interrupted run."""
         self._leave()
-        command = f"python {self.script.name} --resume {self.folder}"
-        said = f"stopped after step {step}; continue with: {command}"
+        said = (
+            f"stopped after step {step}; for the model: python -m analyze.export {self.folder}; to "
+            f"continue: python {self.script.name} --resume {self.folder}"
+        )
         raise SystemExit(1 if self.rank else said)
 
     def close(self, policy, tokenizer) -> None:
         """Writes final/, which loads with from_pretrained, and the report."""
-        from plumbing import report
+        from plumbing import models, report
 
-        weights = _whole_weights(policy.module)
+        weights = whole_weights(policy.module, self.rank)
         if self.rank == 0:
             self.bar.close()
             final, new = self.folder / "final", self.folder / "final.new"
@@ -417,8 +482,7 @@ class Run:
                 self.board.close()
                 if not final.exists():  # else the run was killed after it was complete
                     shutil.rmtree(new, ignore_errors=True)
-                    policy.module.save_pretrained(new, state_dict=weights)
-                    tokenizer.save_pretrained(new)
+                    models.write_model(policy, weights, tokenizer, new)
                     new.rename(final)
                 report.plot(self.folder)
             report.show_samples(self.folder)
@@ -438,16 +502,23 @@ class Run:
             dist.destroy_process_group()
 
 
-def _whole_weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights by name, whole, on the CPU of rank 0; the other ranks get none."""
-    from torch.distributed.checkpoint import state_dict
+def whole_weights(module, rank: int = 0, left_out=frozenset()) -> dict[str, Tensor]:
+    """The weights and buffers by name, whole, on the CPU of rank 0; the other ranks get none.
 
-    whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = state_dict.get_model_state_dict(module, options=whole)
-    first = {}  # tied weights were gathered once for each of their names
-    for name, part in module.named_parameters(remove_duplicate=False) if weights else ():
-        weights[name] = weights[first.setdefault(id(part), name)]
-    return weights
+    A tied weight is one tensor with several names.
+    """
+    from torch.distributed.tensor import DTensor
+
+    weights, done = {}, {}
+    for name, weight in module.state_dict(keep_vars=True).items():
+        if name in left_out:
+            continue
+        if id(weight) not in done:
+            whole = weight.detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            done[id(weight)] = None if rank else whole.cpu()
+        weights[name] = done[id(weight)]
+    return {} if rank else weights
 
 
 def _say_thread(usual, failure) -> None:

@@ -229,9 +229,13 @@ def encode(tokenizer, prompts: list[str], responses: list[str]) -> dict[str, tor
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
-def train(model: torch.nn.Module, name: str, steps: int, lr: float, next_loss) -> None:
+def train(
+    model: torch.nn.Module, name: str, steps: int, lr: float, next_loss, fused: bool | None = None
+) -> None:
     """AdamW with warm-up and cosine decay on what `next_loss()` gives."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=fused
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda t: min(1, (t + 1) / 30) * (0.02 + 0.98 * (1 + math.cos(math.pi * t / steps)) / 2),
@@ -244,7 +248,7 @@ def train(model: torch.nn.Module, name: str, steps: int, lr: float, next_loss) -
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == steps:
+        if step % max(1, steps // 20) == 0 or step == steps:
             print(f"{name} step {step:4d}  loss {loss.item():.3f}", flush=True)
     model.eval()
 

@@ -12,10 +12,10 @@ from tokenizers.models import BPE, WordLevel
 
 import brain
 import common
+from plumbing.data import Layout
 from plumbing.models import Model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(1)
 WORDS = "the a good bad film was and it very i loved hated so plot actor".split()
 SMALL = {
     "hidden_size": 32,
@@ -152,13 +152,21 @@ def make_world(folder: Path, architecture: str = "llama", **more) -> brain.Args:
 
 def flags(args: brain.Args, **more) -> list[str]:
     """The command line that means `args`."""
-    default, words = brain.Args(), []
-    for name, value in (vars(args) | more).items():
+    default, values = brain.Args(), vars(args) | more
+    words = ["--lr", str(values.pop("lr"))]  # which a policy of one's own needs, whatever it is
+    for name, value in values.items():
         if isinstance(value, bool):
             words += [] if value == getattr(default, name) else [f"--no-{name.replace('_', '-')}"]
         elif value != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
+
+
+def encode_prompt(tokenizer, prompt) -> tuple[str, list[int]]:
+    """(text, tokens) that a policy of this tokenizer reads of a prompt of the data set."""
+    layout = Layout(tokenizer)
+    text = layout.before(prompt)
+    return text, layout.encode(prompt, text)
 
 
 def make_prompts(*rows: list[int]) -> list[common.Prompt]:

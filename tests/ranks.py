@@ -40,15 +40,17 @@ RUNS = {  # of four steps, by name: (script, folder of the world, flags)
     "gdc": ("gdc", "llama", {"test_every": 2}),
     "gdc running": ("gdc", "llama", {"normalizer": "running", "proposal": "policy"}),
     "dpo": ("dpo", "llama", {"pairs": "dataset"}),
-    "slic": ("dpo", "llama", {"loss": "slic"}),
+    "slic": ("dpo", "llama", {"loss": "slic", "checkpointing": True}),
     "wind": ("wind", "llama", {"refresh_every": 2}),
     "bond": ("bond", "llama", {"updates_per_sample": 2, "gamma": 0.5}),
     "bond copy": ("bond", "llama", {"anchor": "copy", "eta": 0.5}),
     "brain gpt2": ("brain", "gpt2", {"micro_batch": 1, "refresh_every": 1}),
     "bond gpt_neox": ("bond", "gpt_neox", {}),
+    "brain lora": ("brain", "llama", {"refresh_every": 2, "lora_rank": 4, "checkpointing": True}),
+    "bond lora": ("bond", "gpt2", {"lora_rank": 4}),
 }
 WORLDS = ["llama", "gpt_neox", "gpt2"]  # gpt2 has tied embeddings
-RESUMED = ["brain", "brain gpt2", "gdc running", "bond"]
+RESUMED = ["brain", "brain gpt2", "gdc running", "bond", "brain lora"]
 
 
 def make_worlds(folder: Path) -> None:
@@ -172,7 +174,7 @@ def train(script, args, before_step=lambda count: None, precision=in_float64) ->
 
     def record(parameters, norm):
         parameters = list(parameters)
-        gradients.append([whole(p.grad) for p in parameters])
+        gradients.append([whole(p.grad) for p in parameters if p.requires_grad])
         return clip(parameters, norm)
 
     def open_(self, models, optimizer):
@@ -353,11 +355,12 @@ def check_many_chunks(folder: Path, rank: int) -> list:
 
 
 def check_bfloat16(folder: Path, rank: int) -> list:
-    """Types of weights, gradients and moments of --dtype bfloat16, and of a reward model whose last
-    layer alone is float32, as on a GPU."""
+    """(type, whether trained) of weights, gradients and moments of --dtype bfloat16 with adapters,
+    and rewards of a model whose last layer alone is float32, as on a GPU."""
     args = brain.Args(
         policy=str(folder / "llama" / "sft"),
         dtype="bfloat16",
+        lora_rank=4,
         max_prompt_tokens=16,
         reward_model=str(folder / "llama" / "rm"),
     )
@@ -367,9 +370,10 @@ def check_bfloat16(folder: Path, rank: int) -> list:
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, fused=True)
     batch = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
     common.logprobs_and_entropy(policy, batch, 1.0)[0].sum().backward()
-    kinds = {str(x.dtype) for p in policy.parameters() for x in (p, p.grad)}
+    kinds = {(str(p.dtype), p.grad is not None) for p in policy.parameters()}
     optimizer.step()
-    kinds |= {str(x.dtype) for s in optimizer.state.values() for n, x in s.items() if n != "step"}
+    moments = [x for s in optimizer.state.values() for n, x in s.items() if n != "step"]
+    kinds |= {(str(x.dtype), True) for x in moments}
     loaded = loading._load_module(
         "--reward-model",
         args.reward_model,
@@ -481,7 +485,7 @@ def check_log(folder: Path, rank: int) -> None:
 
 def main(folder: Path, wanted: list[str]) -> None:
     """Runs the wanted checks, or all of them if none is named."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["TEST_THREADS"]))
     dist.init_process_group(timeout=timedelta(seconds=60))  # a deadlock ends in an error
     rank, seen = dist.get_rank(), {}
     for name, check in list(globals().items()):

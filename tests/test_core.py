@@ -5,11 +5,19 @@ import itertools
 import pytest
 import torch
 import transformers
-from models import ARCHITECTURES, bpe_tokenizer, make_model, make_prompts, word_tokenizer
+from models import (
+    ARCHITECTURES,
+    bpe_tokenizer,
+    encode_prompt,
+    make_model,
+    make_prompts,
+    word_tokenizer,
+)
 from scipy import stats
 
 import common
 from plumbing import models as loading
+from plumbing.data import Layout
 from plumbing.models import Model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 1, 15, 16]]  # the last holds the end token
@@ -74,12 +82,12 @@ def test_bug05_what_fills_the_padding_changes_nothing(monkeypatch):
     expected = common.logprobs(model, ragged_batch(), 1.0)
     drawn = common.sample(model, make_prompts(*PROMPTS), 4, 6, 1.0, seed=3)
 
-    def filled(rows, fill, device, side="right"):
+    def filled(rows, fill, device, left=False):
         wider = [[*row] for row in rows]
         longest = max(wider, key=len)
-        longest.extend([fill] * 3 if side == "right" else [])
-        padded = pad(wider, fill, device, side)
-        mask = pad([[0] * len(row) for row in rows] + [[0] * len(longest)], -1, device, side)
+        longest.extend([] if left else [fill] * 3)
+        padded = pad(wider, fill, device, left)
+        mask = pad([[0] * len(row) for row in rows] + [[0] * len(longest)], -1, device, left)
         return padded.masked_fill(mask[:-1] < 0, 17) if fill == 0 else padded
 
     monkeypatch.setattr(common, "_pad", filled)
@@ -239,7 +247,8 @@ def make_reward(architecture, tokenizer, policy_tokenizer, add_end=True, **more)
         architecture, len(tokenizer), labels=1, seed=1, eos_token_id=tokenizer.eos_token_id, **more
     )
     same = tokenizer is policy_tokenizer
-    return common.RewardModel(model, tokenizer, policy_tokenizer, ends, add_end, same)
+    cpu, layout = torch.device("cpu"), Layout(tokenizer)
+    return common.RewardModel(policy_tokenizer, ends, cpu, None, model, layout, add_end, same)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen3", "opt", "mistral"])
@@ -282,7 +291,7 @@ def test_bug13_bug14_bug17_the_reward_model_reads_its_own_tokens(add_end):
     read = common._as_read_by(reward, common.Batch(prompts, responses))
     for i, j in itertools.product(range(2), range(2)):
         closing = [tokenizer.eos_token_id] if add_end and j == 0 else []
-        own = tokenizer(texts[i][j])["input_ids"] + closing
+        own = tokenizer(" " + texts[i][j])["input_ids"] + closing
         assert read.responses[i][j] == own
         assert read.prompts[i].tokens == tokenizer(prompts[i].text)["input_ids"]
 
@@ -297,24 +306,23 @@ def test_bug16_a_chat_goes_through_each_tokenizers_own_template_with_one_start_t
     tokenizer = word_tokenizer(words, bos=True, chat_template=template)
     other = word_tokenizer([*words, "!"], bos=True, chat_template=template.replace("<end>", "!"))
     messages = [{"role": "user", "content": "film"}]
-    text, tokens = common.encode_prompt(tokenizer, messages)
+    text, tokens = encode_prompt(tokenizer, messages)
     assert tokens.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(tokens) == "<bos> user film <end> assistant"
     reward = make_reward("llama", other, tokenizer)
-    prompt = common.Prompt(text, tokens, messages=messages)
+    prompt = common.Prompt(text, tokens, source=messages)
     good = tokenizer.convert_tokens_to_ids("good")
     read = common._as_read_by(reward, common.Batch([prompt], [[[good, 1]]]))
     assert other.decode(read.prompts[0].tokens) == "<bos> user film ! assistant"
     assert other.decode(read.responses[0][0]) == "good !"
 
 
-def test_a_reward_model_with_a_short_context_is_an_error(capsys):
-    """Longer rows than its positions end the run with one line."""
+def test_a_response_is_cut_where_the_reward_models_context_ends():
+    """Prompts that leave no room are dropped at load; another tokenizer may need more tokens."""
     tokenizer = word_tokenizer()
     reward = make_reward("gpt2", tokenizer, tokenizer, n_positions=4)
-    with pytest.raises(SystemExit):
-        common.score(reward, common.Batch(make_prompts([5, 6, 7]), [[[5, 6]]]))
-    assert "--reward-model: its context of 4 tokens" in capsys.readouterr().err
+    rewards = common.score(reward, common.Batch(make_prompts([5, 6, 7]), [[[8, 6, 7], [8]]]))
+    torch.testing.assert_close(rewards[0, 0], rewards[0, 1])
 
 
 # ── the choice of rows ──

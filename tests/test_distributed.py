@@ -138,7 +138,7 @@ def test_a_policy_on_plain_rows_and_a_head_in_chunks(both):
 def test_bfloat16_and_a_reward_model_of_two_types(both):
     for seen in both:
         kinds, ours, theirs = seen["check_bfloat16"]
-        assert kinds == {"torch.bfloat16"}
+        assert kinds == {("torch.bfloat16", False), ("torch.float32", True)}
         assert_close(ours, theirs)
 
 
@@ -164,9 +164,9 @@ def test_bytes_are_those_of_the_formula(both):
     """analyze/memory.py on 2 GPUs; 19 rows of the vocabulary cannot be halved, hence the 1 %."""
     model = memory.Llama(2, 32, 48, 4, 2, 8, 19)
     batch = memory.Batch()
-    expected = (
-        memory.kept(model, 2) | memory.sampling(model, batch, 2) | memory.update(model, batch, 2)
-    )
+    setup = memory.Setup(gpus=2)
+    expected = memory.kept(model, setup) | memory.sampling(model, batch, setup)
+    expected |= memory.update(model, batch, setup)
     for seen in both:
         ours = seen["check_memory"]
         for name in ("weights", "moments", "gradients", "reference", "gathered copy"):
@@ -220,12 +220,31 @@ def test_final_is_a_checkpoint_of_the_whole_policy(name, folder, both, alone):
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
     saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["policy"]
     for key, weight in model.state_dict().items():
-        assert torch.equal(weight.double(), saved[f"module.{key}"].double())
-    theirs = load_file(folder / f"one {name}" / "final" / "model.safetensors")
+        assert torch.equal(weight, saved[f"module.{key}"].to(weight.dtype))
+    came = load_file(folder / ranks.RUNS[name][1] / "sft" / "model.safetensors")
     ours = load_file(run / "final" / "model.safetensors")
-    assert ours.keys() == theirs.keys()
+    theirs = load_file(folder / f"one {name}" / "final" / "model.safetensors")
+    assert ours.keys() == theirs.keys() == came.keys()
     (architecture,) = json.loads((run / "final" / "config.json").read_text())["architectures"]
     assert architecture == type(model).__name__
+
+
+def test_final_of_adapters_is_merged(folder, both):
+    """As one process merges what the checkpoint holds."""
+    run = folder / "two brain lora 0"
+    state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["policy"]
+    assert state and all(".lora_" in name for name in state)
+    start = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama" / "sft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
+    merged = 0
+    for name, weight in model.state_dict().items():
+        base, at = start.state_dict()[name], f"module.{name.removesuffix('.weight')}.lora_"
+        if f"{at}A.default.weight" in state:
+            delta = 2 * state[f"{at}B.default.weight"] @ state[f"{at}A.default.weight"]
+            merged, base = merged + 1, (base.double() + delta).to(base.dtype)
+            assert delta.abs().max() > 1e-6
+        torch.testing.assert_close(weight, base, atol=1e-6, rtol=1e-6)
+    assert merged == len(state) / 2
 
 
 # ── resume ──
@@ -272,7 +291,8 @@ def test_a_weight_that_no_pass_uses_does_not_hinder_a_resume(both):
 def test_ctrl_c_heard_by_one_rank_stops_both_after_the_same_step(folder, both):
     run = folder / "two ctrl-c"
     assert [seen["check_ctrl_c"] for seen in both] == [
-        f"stopped after step 2; continue with: python dpo.py --resume {run}",
+        f"stopped after step 2; for the model: python -m analyze.export {run}; to continue: python "
+        f"dpo.py --resume {run}",
         1,
     ]
     saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
@@ -322,9 +342,6 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path):
 
     about = tmp_path / "run" / "args.json"  # a shorter way to the end
     about.write_text(about.read_text().replace('"steps": 300', f'"steps": {done + 2}'))
-    saved = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
-    saved["run"]["steps"] = done + 2
-    torch.save(saved, tmp_path / "run" / "checkpoint" / "state.pt")
     brain.main(common.parse_args(brain.Args, ["--resume", str(tmp_path / "run")]))
     assert [line["step"] for line in read_log(log)] == list(range(done + 3))
 

@@ -153,14 +153,16 @@ def test_all_processes_stop_when_one_is_asked_to(others, expected):
 
 
 def test_one_hot_weights_are_said_once(world, tmp_path, capsys):
+    """With what --beta leaves of the samples at the first step, which is what the run logs."""
     flags = world | {"--run-dir": str(tmp_path / "run"), "--beta": "1e-5"}
     train(flags)
     said = capsys.readouterr().out
     lines = read_log(tmp_path / "run" / "metrics.jsonl")
-    assert said.count("warning: weights/ess") == 1 and "at step 1:" in said
+    assert said.count("reward/std") == 1 and "--beta 1e-05 leaves 1.0 of 3 samples" in said
+    assert lines[1]["weights/ess"] * 3 == pytest.approx(1, abs=0.05)
     assert all(line["weights/ess"] * 3 < 1.25 for line in lines[1:])
     train(world | {"--run-dir": str(tmp_path / "even"), "--beta": "1e5"})
-    assert "warning" not in capsys.readouterr().out
+    assert "--beta 100000.0 leaves 3.0 of 3 samples" in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_nan_changes_no_weight(world, tmp_path, monkeypatch, capsys):

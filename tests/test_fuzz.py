@@ -70,7 +70,7 @@ def test_random_lines(path, lines, end):
 def refusal(path, capsys, tokenizer=TOKENIZER) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        common.load_prompts(brain.Args(dataset=str(path)), tokenizer)
+        common.load_prompts(brain.Args(dataset=str(path), reward_model="builtins:len"), tokenizer)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     return error
@@ -100,7 +100,7 @@ def test_what_is_wrong_is_said_in_the_training_and_in_the_held_out_part(path, ca
         error = refusal(path, capsys)
         assert f"--dataset {path}: " in error and reason in error.lower(), error
         if reason == "needs text":
-            assert ("held-out row 3: " if at == 7 else "training row ") in error
+            assert f" row {at}: " in error
 
 
 def test_a_damaged_file_of_a_folder(tmp_path, capsys):
@@ -110,9 +110,11 @@ def test_a_damaged_file_of_a_folder(tmp_path, capsys):
 
 
 def test_a_template_that_refuses_a_role(path, capsys):
-    """As Gemma's refuses a system message: its words are passed on, not its traceback."""
+    """As Gemma's refuses a system message: the row is dropped, and the template's words are said."""
     chat = {"prompt": [{"role": "system", "content": "be kind"}], "completion": " good"}
     good = {"prompt": [{"role": "user", "content": "the film"}], "completion": " good"}
     path.write_text("\n".join(map(json.dumps, [good, chat, good, good])))
-    error = refusal(path, capsys, word_tokenizer(chat_template=hostile.TEMPLATE))
-    assert f"--dataset {path}: training row " in error and "no system role" in error
+    args = brain.Args(dataset=str(path), reward_model="builtins:len")
+    train, held_out = common.load_prompts(args, word_tokenizer(chat_template=hostile.TEMPLATE))
+    assert len(train + held_out) == 3
+    assert "dropped 1 that a chat template refuses (no system role" in capsys.readouterr().out

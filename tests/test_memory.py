@@ -7,9 +7,10 @@ import torch
 import transformers
 from models import make_prompts
 
+import brain
 import common
 from analyze import memory
-from plumbing import cache
+from plumbing import cache, models
 from plumbing.models import Model
 
 ROOT = Path(common.__file__).parent
@@ -41,7 +42,7 @@ def test_parameters(name, billions):
     assert spec.parameters / 1e9 == pytest.approx(billions, abs=1e-4)
 
 
-def kept_for_backward(model, batch, mixed: bool) -> int:
+def kept_for_backward(model, batch) -> int:
     """Bytes that autograd keeps of a forward pass up to the head, but for the model's weights."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -50,7 +51,7 @@ def kept_for_backward(model, batch, mixed: bool) -> int:
             kept[x.untyped_storage().data_ptr()] = x  # kept alive, so that no address comes twice
         return x
 
-    model.mixed = mixed
+    model.mixed = True
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         rows = common._pack(model, batch)
         states = common._states(model, rows.tokens, rows.segment, rows.position)
@@ -58,25 +59,38 @@ def kept_for_backward(model, batch, mixed: bool) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-@pytest.mark.parametrize(
-    "dtype, mixed, bytes_",
-    [
-        (torch.float32, False, (40, 16)),
-        (torch.float32, True, (34, 8)),
-        (torch.bfloat16, False, (24, 8)),
-    ],
-)
+@pytest.mark.parametrize("weight, rank", [(4, 0), (4, 4), (2, 4), (2, 8)])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shape", [(64, 128, 4, 2, 16), (96, 80, 6, 3, 16)])
-def test_activations_and_autocasts_copies(dtype, mixed, bytes_, shape):
+def test_activations_and_autocasts_copies(weight, rank, checkpointing, shape):
     """What one more block keeps, exactly."""
-    (short, spec), kept = (memory.Llama(n, *shape, 40) for n in (2, 3)), []
+    setup, kept, counted = memory.Setup(1, weight, rank, checkpointing), [], []
     prompts = make_prompts([5] * 8, [6] * 8)
     batch = common.Batch(prompts, [[[7] * 5] * 3] * 2)
-    for one in (short, spec):
-        kept.append(kept_for_backward(build(one).to(dtype), batch, mixed))
-    slots = 2 * (8 + 3 * 5)
-    expected = memory.activations(spec, slots, *bytes_) - memory.activations(short, slots, *bytes_)
-    assert kept[1] - kept[0] == expected + 2 * spec.block * mixed
+    same = memory.Batch(2, 3, 8, 5, micro_batch=2)
+    for layers in (2, 3):
+        spec = memory.Llama(layers, *shape, 40)
+        model = build(spec).to({4: torch.float32, 2: torch.bfloat16}[weight])
+        if rank:
+            models._add_adapters(model.module, brain.Args(lora_rank=rank))
+        if checkpointing:
+            models._recompute(model)
+        kept.append(kept_for_backward(model, batch))
+        parts = memory.update(spec, same, setup)
+        copies = 0 if checkpointing else parts["autocast's copies"]  # then made anew, and dropped
+        counted.append(parts["activations"] + copies)
+    assert kept[1] - kept[0] == counted[1] - counted[0] > 0
+
+
+@pytest.mark.parametrize("rank", [4, 7])
+def test_adapters(rank):
+    """As many numbers as peft makes."""
+    spec = memory.Llama(3, 64, 128, 4, 2, 16, 40)
+    model = build(spec)
+    models._add_adapters(model.module, brain.Args(lora_rank=rank))
+    ours = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert ours == spec.adapters(rank)
+    assert sum(weight.numel() for weight in model.parameters()) == spec.parameters + ours
 
 
 def test_cache(monkeypatch):
@@ -86,7 +100,7 @@ def test_cache(monkeypatch):
     common.sample(build(spec), make_prompts([5] * 8, [6] * 8), 3, 5, 1.0, 0)
     ours = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[-1].layers)
     batch = memory.Batch(prompts=2, samples=3, prompt_tokens=8, response_tokens=5)
-    assert ours == 2 * memory.sampling(spec, batch, 1)["cache"]
+    assert ours == 2 * memory.sampling(spec, batch, memory.Setup())["cache"]
 
 
 def test_the_tables_of_the_docs_are_up_to_date():
@@ -94,7 +108,6 @@ def test_the_tables_of_the_docs_are_up_to_date():
     page = (ROOT / "docs" / "scaling.md").read_text()
     for rows in (memory.memory_table(memory.Batch()), memory.time_table(memory.Batch())):
         assert rows in page
-    assert all(
-        memory.most(memory.MODELS["70B"], memory.Batch(), gpus, 2) > 141e9
-        for gpus in (1, 8, 16, 10**9)
-    )
+    for gpus in (1, 8, 16, 10**9):
+        setup = memory.Setup(gpus, 2, 16, True)
+        assert memory.most(memory.MODELS["70B"], memory.Batch(), setup) > 141e9

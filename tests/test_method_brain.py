@@ -21,6 +21,7 @@ from tables import (
 
 import brain
 import common
+import dpo
 
 torch.set_default_dtype(torch.float32)
 
@@ -166,16 +167,59 @@ def test_expected_gradient_tends_to_that_of_the_divergence():
     torch.testing.assert_close(limit, exact, atol=0.01, rtol=0)
 
 
-def test_two_samples_and_arg_max_are_dpo_with_coefficient_1():
-    """(3) with the better of two start-model samples as α̂ is −log σ(Δ), in value and gradient."""
-    logprobs, ref, rewards = table(0, 5, 2).requires_grad_(), table(1, 5, 2), table(2, 5, 2)
-    best = torch.nn.functional.one_hot(rewards.argmax(1), 2).double()
-    ours = brain.brain_loss(logprobs, ref, best)
-    margin = ((logprobs - ref) * (2 * best - 1)).sum(1)
-    dpo = -torch.nn.functional.logsigmoid(margin)
-    torch.testing.assert_close(ours, dpo)
-    gradients = [torch.autograd.grad(x.sum(), logprobs, retain_graph=True)[0] for x in (ours, dpo)]
-    torch.testing.assert_close(*gradients)
+# ── the ladder from DPO ──
+def losses_of_a_pair(logprobs, proposal, ref, rewards, beta, estimator="arg-max"):
+    """BRAIn's loss [P] of two samples, and DPO's with coefficient 1 and q′ for reference, [P] for
+    the sample with the larger weight (1) as the preferred one, and [P] for the other."""
+    weights = brain.posterior_weights(ref, rewards, proposal, beta, estimator)
+    ours = brain.brain_loss(logprobs, proposal, weights, estimator)
+    best, free = weights.argmax(1, keepdim=True), torch.zeros(len(rewards), dtype=torch.bool)
+    theirs = []
+    for winner in (best, 1 - best):
+        pair = torch.cat([winner, 1 - winner], 1)
+        both = logprobs.gather(1, pair), proposal.gather(1, pair)
+        theirs.append(dpo.dpo_loss(*both, free, dpo.Args(beta=1.0)))
+    return ours, *theirs, weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_ref", [True, False])
+def test_two_samples_and_arg_max_are_dpo_with_coefficient_1(dtype, of_ref):
+    """−log β̂ of the better one is −log σ(Δ) against q′, whatever --beta. Bit for bit where q_θ = q′,
+    value and gradient; else to rounding. With q′ = p the better one is that of the rewards."""
+    ref, rewards, noise, moved = (table(i, 500, 2).to(dtype) for i in range(4))
+    proposal = ref if of_ref else ref + noise
+    for logprobs, rounding in ((proposal, 0.0), (proposal + moved, 8 * torch.finfo(dtype).eps)):
+        logprobs = logprobs.clone().requires_grad_()
+        ours, dpos, _, weights = losses_of_a_pair(logprobs, proposal, ref, rewards, 0.3)
+        torch.testing.assert_close(ours, dpos, atol=rounding, rtol=rounding)
+        slopes = [torch.autograd.grad(x.sum(), logprobs, retain_graph=True) for x in (ours, dpos)]
+        torch.testing.assert_close(*slopes, atol=rounding, rtol=rounding)
+        assert weights.sort(1).values.unique(dim=0).tolist() == [[0.0, 1.0]]
+    assert torch.equal(weights.argmax(1), rewards.argmax(1)) == of_ref
+
+
+def test_two_samples_and_softmax_are_dpo_with_soft_labels():
+    """KL(α̂ ‖ β̂) is the mean of DPO's loss over Bradley-Terry labels, P(w ≻ l) = σ((r_w − r_l)/τ),
+    minus the entropy of the labels: the optimum is (T), where with arg-max there is none."""
+    logprobs, ref, rewards = (table(i, 50, 2) for i in range(3))
+    ours, better, worse, weights = losses_of_a_pair(logprobs, ref, ref, rewards, 0.7, "brain")
+    label = torch.sigmoid((rewards.amax(1) - rewards.amin(1)) / 0.7)
+    torch.testing.assert_close(weights.amax(1), label)
+    entropy = torch.special.entr(weights).sum(1)
+    torch.testing.assert_close(ours, label * better + (1 - label) * worse - entropy)
+
+
+def test_arg_max_of_many_samples_puts_all_weight_on_one():
+    """That of the largest (1), which counts log p − log q′ too."""
+    weights = brain.posterior_weights(
+        torch.tensor([[-1.0, -1.0, -9.0]]),
+        torch.tensor([[1.0, 3.0, 2.0]]),
+        torch.tensor([[-1.0, -1.0, -15.0]]),
+        1.0,
+        "arg-max",
+    )
+    assert weights.tolist() == [[0.0, 0.0, 1.0]]
 
 
 def test_bug24_one_hot_weights_are_finite():
@@ -235,6 +279,42 @@ def test_the_loop_reaches_the_posterior(world, tmp_path, refresh):
     target = posterior(ref, rewards, args.beta)
     after, _ = all_responses(vars(args), str(tmp_path / "run" / "final"))
     assert distance(ref, target) > 0.15 and distance(after, target) < 0.02
+
+
+def test_the_first_rung_of_the_ladder_is_a_run_of_dpo(world, tmp_path):
+    """Two samples of the start model, --estimator arg-max: the loss at every step, and the policy
+    at the end, of `dpo.py --beta 1`, which puts the better response of a pair first."""
+    flags = {"samples_per_prompt": 2, "prompts_per_step": 16, "steps": 20}
+    lines, policies = {}, {}
+    for script, more in ((brain, {"estimator": "arg-max", "refresh_every": 0}), (dpo, {})):
+        given = {name: value for name, value in vars(world).items() if name != "refresh_every"}
+        given = {name: value for name, value in given.items() if name in vars(script.Args())}
+        beta = world.beta if script is brain else 1.0
+        folder = tmp_path / script.__name__
+        script.main(script.Args(**given | flags | more | {"beta": beta, "run_dir": str(folder)}))
+        text = (folder / "metrics.jsonl").read_text()
+        lines[script] = [json.loads(line) for line in text.splitlines()]
+        policies[script] = all_responses(vars(world), str(folder / "final"))[0]
+    assert lines[brain][1]["loss"] == lines[dpo][1]["loss"] == pytest.approx(math.log(2))
+    for ours, theirs in zip(lines[brain][1:], lines[dpo][1:], strict=True):
+        for key in ("loss", "reward/mean", "reward/std", "kl/ref", "optim/grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+    ref, _ = all_responses(vars(world), world.policy)
+    assert distance(*policies.values()) < 1e-3 < 0.1 < distance(ref, policies[brain])
+
+
+def test_weights_that_overflow_stop_the_run(world, tmp_path, monkeypatch, capsys):
+    """q_θ/q′ = e^200 in no-self-norm ends in one line that names the flags to change; brain, whose
+    weights are softmaxes, goes on."""
+    loss = brain.brain_loss
+    monkeypatch.setattr(brain, "brain_loss", lambda q, proposal, *x: loss(q, proposal - 200, *x))
+    brain.main(replace(world, run_dir=str(tmp_path / "brain"), steps=2))
+    wild = replace(world, run_dir=str(tmp_path / "wild"), steps=2, estimator="no-self-norm")
+    with pytest.raises(SystemExit) as stop:
+        brain.main(wild)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("error: the loss is NaN or infinite")
+    assert error.endswith("take a smaller --lr or fewer --updates-per-sample")
 
 
 def test_bug10_bug21_first_lines_and_learning_rate(world, tmp_path):

@@ -12,6 +12,7 @@ from tables import (
     gradient,
     make_small_world,
     posterior,
+    samplers,
     table,
     train,
 )
@@ -62,8 +63,9 @@ def test_eq1_gradient():
     torch.testing.assert_close(logprobs.grad, torch.stack([-expected, expected], 1))
 
 
-def pair_gradient(logits, ref, label, beta, name="sigmoid"):
-    """Exact mean gradient over pairs of start-model samples, each order with its probability."""
+def pair_gradient(logits, ref, label, beta, name="sigmoid", sampler=None):
+    """Exact mean gradient over pairs of samples of the start model, or of another distribution, each
+    order with its probability."""
 
     def one(picks):
         if picks[0] == picks[1]:
@@ -80,7 +82,7 @@ def pair_gradient(logits, ref, label, beta, name="sigmoid"):
             for p, order in ((wins, [0, 1]), (1 - wins, [1, 0]))
         )
 
-    return expectation(ref, 2, one)
+    return expectation(ref if sampler is None else sampler, 2, one)
 
 
 def test_eq1_zero_gradient_at_the_target_with_bradley_terry_labels():
@@ -91,7 +93,8 @@ def test_eq1_zero_gradient_at_the_target_with_bradley_terry_labels():
     def labels(picks):
         return torch.sigmoid(rewards[picks[0]] - rewards[picks[1]])
 
-    assert pair_gradient(target, ref, labels, beta).abs().max() < 1e-12
+    for sampler in (ref, target, table(2, 4).log_softmax(0)):  # of the start, the policy, any model
+        assert pair_gradient(target, ref, labels, beta, sampler=sampler).abs().max() < 1e-12
     assert pair_gradient(target, ref, labels, 2 * beta).norm() > 1e-2
     assert pair_gradient(ref, ref, labels, beta).norm() > 1e-2
 
@@ -180,6 +183,26 @@ def test_first_loss_and_what_training_does(world, tmp_path, name, start, pairs):
         assert gap[-1] > gap[0]
 
 
+@pytest.mark.parametrize("pairs, moves", [("sampled", False), ("policy", True)])
+def test_who_draws_the_pairs(world, tmp_path, monkeypatch, pairs, moves):
+    """The start model throughout, or the policy as it is (online DPO)."""
+    draws = samplers(monkeypatch)
+    train(dpo, world, tmp_path / "run", steps=4, pairs=pairs, warmup_steps=0)
+    assert [torch.equal(draws[0], later) for later in draws[1:]] == [not moves] * 3
+
+
+def test_kl_of_pairs_of_the_policy_has_no_weights(world, tmp_path, monkeypatch):
+    """Both samples of --pairs policy count alike, as they are the policy's own: kl/ref is the mean
+    log-ratio, which is what an evaluation measures."""
+    seen, original = [], common.kl_estimates
+    monkeypatch.setattr(common, "kl_estimates", lambda *x: seen.append(x) or original(*x))
+    flags = {"steps": 6, "pairs": "policy", "lr": 0.02, "warmup_steps": 0, "loss": "hinge"}
+    _, lines = train(dpo, world, tmp_path / "run", **flags)
+    for line, (policy, ref, _) in zip(lines[1:], seen, strict=True):
+        assert line["kl/ref"] == pytest.approx((policy - ref).mean().item(), abs=1e-5)
+    assert lines[-1]["kl/ref"] > 0.05
+
+
 def test_slic_trains_on_the_references(world, tmp_path):
     """λ alone: the data set's completion "a" gains."""
     ref, _ = all_responses(world, world["policy"])
@@ -209,15 +232,16 @@ def test_pairs_of_the_dataset_reach_the_batch(world, tmp_path, monkeypatch):
         steps=1,
         pairs="dataset",
         prompts_per_step=2,
-        max_response_tokens=2,
+        max_pair_tokens=2,
+        max_response_tokens=1,
     )
-    texts, batch = seen[1]  # the first call scored the references
+    texts, batch = seen[-1]
     assert original(
         word_tokenizer(["a", "b"]),
         make_model("llama"),
         [common.Prompt("", [4])],
         [["a <eos> b", "a"]],
-        None,
+        9,
     ).responses == [[[4, 1], [4, 1]]]
     assert texts == [["a", "b"]] * 2
     assert batch.responses == [[[4, 1], [5, 1]]] * 2
@@ -232,3 +256,20 @@ def test_a_dataset_without_pairs_is_an_error(world, tmp_path, capsys):
             train(dpo, world, tmp_path / "run", dataset=str(folder), **flags)
         assert stop.value.code == 2 and "a prompt has no" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+
+
+def test_c7_pairs_that_become_equal_by_cutting_are_dropped_and_counted(capsys):
+    """Two responses are cut at 3 tokens and one at the context; one pair is then the same."""
+    tokenizer, policy = word_tokenizer(["a", "b"]), make_model("llama")
+    policy.context = 9
+    pairs = [("a a a b", "a a a a"), ("a b", "b a"), ("a", "a b")]
+    prompts = [
+        common.Prompt("a", [4] * (1 + 6 * (chosen == "a")), chosen=chosen, rejected=rejected)
+        for chosen, rejected in pairs
+    ]
+    kept = dpo.unlike_pairs(tokenizer, policy, prompts, 3)
+    assert kept == prompts[1:]
+    assert "2 pairs, 1 of equal responses dropped; 3 responses were cut" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        dpo.unlike_pairs(tokenizer, policy, prompts[:1], 3)
+    assert "--dataset: no pair of unlike responses" in capsys.readouterr().err

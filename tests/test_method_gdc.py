@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from models import write_jsonl
 from tables import (
     all_responses,
     distance,
@@ -18,6 +19,7 @@ from tables import (
     train,
 )
 
+import common
 import gdc
 
 REF, REWARDS, PROPOSAL, LOGITS = table(0, 4).log_softmax(0), table(1, 4), table(2, 4), table(3, 4)
@@ -199,6 +201,25 @@ def test_eq4_the_proposal_is_replaced_when_the_policy_is_closer(world, tmp_path,
     assert {step for step, change in enumerate(changes, 1) if change} == replaced - {60}
 
 
+def test_eq4_the_proposal_is_tested_on_prompts_that_come_next(world, tmp_path, monkeypatch):
+    """Those of the next step: on those of this step the policy, just trained on them, looks better
+    than it is."""
+    texts = [" ".join(words) for n in (1, 2, 3) for words in itertools.product("ab", repeat=n)]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": text} for text in texts])
+    seen, original = [], common.sample
+
+    def sample(model, prompts, n, *more, **named):
+        if n == 5:
+            seen.append([prompt.text for prompt in prompts])
+        return original(model, prompts, n, *more, **named)
+
+    monkeypatch.setattr(common, "sample", sample)
+    flags = {"dataset": data, "steps": 3, "test_every": 2, "samples_per_prompt": 5}
+    gdc.main(gdc.Args(**world | flags | {"run_dir": str(tmp_path / "run")}))
+    first, second, test, third = seen
+    assert test == third and not set(test) & set(first + second)
+
+
 def test_eq3_running_normalizer_is_the_mean_over_all_samples(world, tmp_path, monkeypatch):
     """gdc/z of step t is the mean of w over the steps 1 to t, also across --resume."""
     seen, original = [], gdc.log_weights
@@ -207,6 +228,27 @@ def test_eq3_running_normalizer_is_the_mean_over_all_samples(world, tmp_path, mo
     means = torch.stack([x.double().exp().mean() for x in seen])
     for t, line in enumerate(lines[1:], 1):
         assert line["gdc/z"] == pytest.approx(means[:t].mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more, behind, flags",
+    [
+        ({}, -200.0, "--lr or fewer --updates-per-sample"),
+        ({"normalizer": "running", "beta": 1e-3}, 0.0, "--beta"),
+    ],
+    ids=["policy", "target"],
+)
+def test_weights_that_overflow_stop_the_run(
+    world, tmp_path, monkeypatch, capsys, more, behind, flags
+):
+    """π_θ/q′ = e^200, or P/q′ > e^709, ends in one line that names the flag to change."""
+    loss = gdc.gdc_loss
+    monkeypatch.setattr(gdc, "gdc_loss", lambda q, proposal, *x: loss(q, proposal + behind, *x))
+    with pytest.raises(SystemExit) as stop:
+        train(gdc, world, tmp_path / "run", steps=2, **more)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("error: the ") and "\n" not in error
+    assert "is NaN or infinite for the prompt 'a b'" in error and flags in error
 
 
 @pytest.mark.parametrize("proposal, moves", [("sft", False), ("policy", True)])

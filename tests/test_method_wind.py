@@ -11,6 +11,7 @@ from tables import (
     expectation,
     gradient,
     make_small_world,
+    posterior,
     samplers,
     slow,
     table,
@@ -20,11 +21,15 @@ from tables import (
 import wind
 
 ARMS = 4000
+PREFERENCES = ["hard", "bradley-terry"]
 
 
-def game(rewards: torch.Tensor) -> torch.Tensor:
-    """P(y ≻ y′) of a scalar reward, ties ½, [arms, arms]."""
-    return (rewards[:, None] > rewards).double() + 0.5 * (rewards[:, None] == rewards)
+def game(rewards: torch.Tensor, preference: str = "hard") -> torch.Tensor:
+    """P(y ≻ y′) of a scalar reward, [arms, arms]: ties ½, or odds exp(r) : exp(r′)."""
+    mine, theirs = rewards.double()[:, None], rewards.double()
+    if preference == "hard":
+        return (mine > theirs).double() + 0.5 * (mine == theirs)
+    return mine.exp() / (mine.exp() + theirs.exp())
 
 
 ROCK_PAPER_SCISSORS = torch.tensor(
@@ -64,7 +69,35 @@ def test_eq2_win_rates():
         torch.testing.assert_close(
             wind.win_rates(rewards, risk), torch.tensor([[3.0, 1.5, 1.5, 0.0]]) / 3
         )
-        assert wind.win_rates(table(0, 5, 7), risk).mean(1).allclose(torch.tensor(0.5))
+        mean = wind.win_rates(table(0, 5, 7), risk).mean(1)
+        torch.testing.assert_close(mean, torch.full((5,), 0.5, dtype=torch.float64))
+
+
+def test_eq2_win_rates_of_bradley_terry():
+    """By hand, with a reward of log 3, so that it wins 3 of 4 against 0; with itself, and without."""
+    rewards = torch.tensor([[math.log(3), 0.0, 0.0]])
+    torch.testing.assert_close(
+        wind.win_rates(rewards, "square", "bradley-terry"), torch.tensor([[2.0, 1.25, 1.25]]) / 3
+    )
+    for risk in ("kl", "nce"):
+        torch.testing.assert_close(
+            wind.win_rates(rewards, risk, "bradley-terry"), torch.tensor([[1.5, 0.75, 0.75]]) / 2
+        )
+
+
+@pytest.mark.parametrize("risk", ["square", "kl"])
+def test_bradley_terry_between_a_coin_and_the_higher_reward(risk):
+    """A constant in the rewards changes nothing; without spread all win half; with a large one the
+    higher reward wins, as with hard preferences."""
+    rewards = table(0, 4, 6)
+    win_rate = wind.win_rates(rewards, risk, "bradley-terry")
+    torch.testing.assert_close(wind.win_rates(rewards + 7, risk, "bradley-terry"), win_rate)
+    coin = torch.full((4, 6), 0.5, dtype=torch.float64)
+    torch.testing.assert_close(win_rate.mean(1), coin[:, 0])
+    flat = wind.win_rates(rewards * 1e-9, risk, "bradley-terry")
+    torch.testing.assert_close(flat, coin, atol=1e-8, rtol=0)
+    steep = wind.win_rates(rewards * 1e9, risk, "bradley-terry")
+    torch.testing.assert_close(steep, wind.win_rates(rewards, risk))
 
 
 def test_eq1_eq3_by_hand():
@@ -90,17 +123,18 @@ def test_eq3_first_loss_is_the_variance_of_the_win_rates():
     assert win_rate.var(1, correction=0)[0].item() == pytest.approx((1 - 1 / 64) / 12)
 
 
+@pytest.mark.parametrize("preference", PREFERENCES)
 @pytest.mark.parametrize("n", [2, 3])
-def test_eq3_pairing_rule(n):
+def test_eq3_pairing_rule(n, preference):
     """The exact mean gradient of `square` over all n-tuples is 0 at the exact step with win rates
     that include self, and is not with leave-one-out win rates."""
     ref, previous, rewards = table(0, 4).log_softmax(0), table(1, 4).log_softmax(0), table(2, 4)
     beta, eta = 0.3, 0.9
-    solution = exact_step(previous, ref, game(rewards), beta, eta)
+    solution = exact_step(previous, ref, game(rewards, preference), beta, eta)
 
     def mean_gradient(risk):
         def one(picks):
-            win_rate = wind.win_rates(rewards[picks][None], risk).double()
+            win_rate = wind.win_rates(rewards[picks][None], risk, preference)
             return gradient(
                 solution,
                 lambda q: loss(
@@ -116,18 +150,19 @@ def test_eq3_pairing_rule(n):
 
         return expectation(previous, n, one)
 
-    assert mean_gradient("square").abs().max() < 1e-7  # win rates are float32
+    assert mean_gradient("square").abs().max() < 1e-12
     assert mean_gradient("kl").norm() > 1e-3
 
 
+@pytest.mark.parametrize("preference", PREFERENCES)
 @pytest.mark.parametrize("risk", ["kl", "nce"])
-def test_eq4_eq5_are_least_where_s_is_the_win_rate(risk):
+def test_eq4_eq5_are_least_where_s_is_the_win_rate(risk, preference):
     """A group with each response as often as its probability says, so that ĝ is g but for 1/K: the
     gradient of a response vanishes where ψ is g up to a constant, and not where it is else."""
     picks = torch.tensor([0] * 100 + [1] * 200 + [2] * 300 + [3] * 400)
     distribution, rewards = picks.bincount() / 1000.0, torch.tensor([2.0, 0.0, 3.0, 1.0])
-    g = game(rewards) @ distribution.double()
-    win_rate = wind.win_rates(rewards[picks][None], risk).double()
+    g = game(rewards, preference) @ distribution.double()
+    win_rate = wind.win_rates(rewards[picks][None], risk, preference).double()
     none = torch.zeros(1, 1000, dtype=torch.float64)
 
     def slopes(psi):  # β 1, η large: ψ = log π − log π_ref
@@ -206,7 +241,37 @@ def test_closed_forms_without_ties(beta, win, kl):
     assert psi_loss.item() < 1e-9
 
 
-@pytest.mark.parametrize("preference", [game(table(4, 3)), ROCK_PAPER_SCISSORS])
+@pytest.mark.parametrize("a", [10.0, 1.0, 0.1])
+def test_closed_form_of_the_first_constant(a):
+    """Without ties the first exact step has c = a·log(a(e^{1/a} − 1)), a = β + 1/η."""
+    beta = a / 4
+    eta = 1 / (a - beta)
+    ref = torch.full((ARMS,), -math.log(ARMS), dtype=torch.float64)
+    g = (torch.arange(ARMS, dtype=torch.float64) + 0.5) / ARMS
+    step = ((ref + beta * eta * ref + eta * g) / (1 + beta * eta)).log_softmax(0)
+    psi = wind.step_value(step[None], ref[None], ref[None], wind.Args(beta=beta, eta=eta))[0]
+    torch.testing.assert_close(g - psi, (g - psi).mean().expand(ARMS))
+    c = a * math.log(a * math.expm1(1 / a))
+    assert (g - psi).mean().item() == pytest.approx(c, abs=1e-6)
+    assert 0.5 - psi.mean().item() == pytest.approx(c, abs=1e-6)
+
+
+def test_bradley_terry_with_close_rewards_is_the_posterior():
+    """σ(r − r′) is nearly ½ + (r − r′)/4, so the equilibrium is nearly p·exp(r/(4β))/Z."""
+    ref, rewards = table(0, 6).log_softmax(0), table(1, 6)
+    gaps = []
+    for scale in (1.0, 0.3, 0.1):
+        star = equilibrium(ref, game(scale * rewards, "bradley-terry"), 0.3 * scale)
+        gaps.append(distance(star, posterior(ref, rewards, 4 * 0.3)))
+    assert gaps[0] > 5 * gaps[1] > 25 * gaps[2] and gaps[2] < 1e-3
+    assert distance(ref, star) > 0.05
+
+
+@pytest.mark.parametrize(
+    "preference",
+    [game(table(4, 3)), game(table(4, 3), "bradley-terry"), ROCK_PAPER_SCISSORS],
+    ids=[*PREFERENCES, "rock-paper-scissors"],
+)
 @pytest.mark.parametrize("eta_over_beta", [1.0, 4.0])
 def test_linear_rate_of_the_exact_step(preference, eta_over_beta):
     """KL(π*‖π_t) ≤ (1+βη)^−t · KL(π*‖π_0) for η ≤ 4β, scalar and rock-paper-scissors."""
@@ -267,13 +332,16 @@ def test_eq4_eq5_pull_back_from_both_sides(risk, win_rate):
         assert math.isfinite(slope) and (slope > 0) == (s > 1)
 
 
+@pytest.mark.parametrize("preference", PREFERENCES)
 @pytest.mark.parametrize("risk", ["square", slow("kl"), slow("nce")])
-def test_the_loop_reaches_the_equilibrium(world, tmp_path, risk):
-    """main() comes within 0.02 in total variation of π* ∝ π_ref·exp(g_π*/β)."""
+def test_the_loop_reaches_the_equilibrium(world, tmp_path, risk, preference):
+    """main() comes within 0.02 in total variation of π* ∝ π_ref·exp(g_π*/β), by either preference."""
     ref, rewards = all_responses(world, world["policy"])
-    star = equilibrium(ref, game(rewards), world["beta"])
-    after, _ = train(wind, world, tmp_path / "run", True, risk=risk)
-    assert distance(ref, star) > 0.1 and distance(after, star) < 0.02
+    hard, soft = (equilibrium(ref, game(rewards, kind), world["beta"]) for kind in PREFERENCES)
+    star = hard if preference == "hard" else soft
+    after, _ = train(wind, world, tmp_path / "run", True, risk=risk, preference=preference)
+    assert distance(ref, star) > 0.1 and distance(hard, soft) > 0.05
+    assert distance(after, star) < 0.02
 
 
 def test_the_opponent_is_renewed(world, tmp_path, monkeypatch):

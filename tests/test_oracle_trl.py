@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, architecture, name):
     theirs.backward()
 
     items = [common.Prompt(text, tokenizer(text)["input_ids"]) for text in prompts]
-    ours = common.encode_responses(tokenizer, policy, items, list(zip(chosen, rejected)), None)
+    ours = common.encode_responses(tokenizer, policy, items, list(zip(chosen, rejected)), 999)
     ref_logprobs = common.logprobs(ref, ours, 1.0)
     logprobs, _ = common.logprobs_and_entropy(policy, ours, 1.0)
     loss = dpo.dpo_loss(

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import common
 import dpo
 import gdc
 import wind
+from plumbing.data import Layout
 
 hypothesis.settings.register_profile(
     "repeatable",
@@ -65,7 +67,7 @@ tables = st.tuples(st.integers(1, 4), st.integers(2, 6))
     st.sampled_from(["left", "right"]),
 )
 def test_padding_keeps_every_token_at_its_side(ids, side):
-    padded = common._pad(ids, -7, CPU, side)
+    padded = common._pad(ids, -7, CPU, side == "left")
     longest = max(map(len, ids))
     assert padded.shape == (len(ids), longest)
     for row, expected in zip(padded.tolist(), ids):
@@ -122,9 +124,13 @@ def test_chosen_responses_are_those_of_the_indices(drawn, data):
     prompts, responses = drawn
     index = st.integers(0, len(responses[0]) - 1)
     which = torch.tensor([[data.draw(index), data.draw(index)] for _ in prompts])
-    chosen = batch_of(prompts, responses).choose(which)
+    batch = batch_of(prompts, responses)
+    batch.sampled_logprobs = torch.rand(len(responses), len(responses[0]))
+    chosen = batch.choose(which)
     for group, own, picked in zip(chosen.responses, responses, which.tolist()):
         assert group == [own[i] for i in picked]
+    for group, own, picked in zip(chosen.sampled_logprobs, batch.sampled_logprobs, which):
+        assert group.tolist() == [own[i] for i in picked]
 
 
 # ── log-probs ──
@@ -238,28 +244,41 @@ def test_weights_of_a_prompt_have_mean_1(drawn, beta):
     )
 
 
-@given(tables, st.integers(1, 5), st.data())
-def test_quantiles_by_counting(shape, k, data):
-    """And never log 0; a higher reward never has a lower quantile."""
+@given(tables, st.integers(1, 5), st.integers(2, 6), st.data())
+def test_best_of_n_by_counting(shape, k, n, data):
+    """And never log 0; a higher reward is never less likely to be the best."""
     rewards, anchors = data.draw(numbers(*shape)), data.draw(numbers(shape[0], k))
-    ours = bond.log_quantile(rewards, anchors)
+    ours = bond.log_best_of(rewards, anchors, n)
     for i, group in enumerate(rewards.tolist()):
         for j, reward in enumerate(group):
-            share = sum(x <= reward for x in anchors[i].tolist()) / k
-            assert ours[i, j].item() == pytest.approx(math.log(max(share, 0.5 / k)), abs=1e-6)
+            upto = max(sum(x <= reward for x in anchors[i].tolist()) / k, 0.5 / k)
+            below = max(sum(x < reward for x in anchors[i].tolist()) / k, 0.5 / k)
+            exact = sum(upto ** (n - i) * below ** (i - 1) for i in range(1, n + 1))
+            assert ours[i, j].item() == pytest.approx(math.log(exact), abs=1e-5)
     order = rewards.argsort(1)
     assert (ours.gather(1, order).diff(dim=1) >= 0).all()
 
 
-@given(tables.flatmap(lambda x: numbers(*x)), st.sampled_from(["square", "kl"]))
-def test_win_rates_by_counting(rewards, risk):
+def points(mine: float, theirs: float, preference: str) -> float:
+    """What a reward wins against another: 1, ½ or 0; or σ of their difference."""
+    if preference == "hard":
+        return (mine > theirs) + 0.5 * (mine == theirs)
+    return 1 / (1 + math.exp(theirs - mine))
+
+
+@given(
+    tables.flatmap(lambda x: numbers(*x)),
+    st.sampled_from(["square", "kl"]),
+    st.sampled_from(["hard", "bradley-terry"]),
+)
+def test_win_rates_by_counting(rewards, risk, preference):
     """With itself or without; every duel gives one point away."""
-    ours, n = wind.win_rates(rewards, risk), rewards.shape[1]
+    ours, n = wind.win_rates(rewards, risk, preference), rewards.shape[1]
     for i, group in enumerate(rewards.tolist()):
         for j, mine in enumerate(group):
             others = group if risk == "square" else group[:j] + group[j + 1 :]
-            points = sum((mine > x) + 0.5 * (mine == x) for x in others)
-            assert ours[i, j].item() == pytest.approx(points / len(others), abs=1e-6)
+            won = sum(points(mine, x, preference) for x in others)
+            assert ours[i, j].item() == pytest.approx(won / len(others), abs=1e-6)
     torch.testing.assert_close(ours.sum(1), torch.full((len(ours),), n / 2))
 
 
@@ -290,7 +309,12 @@ def test_kl_estimates_by_counting(drawn):
 WORDS = word_tokenizer()
 POLICY, REF = (make_model("llama", len(WORDS), seed=seed) for seed in (0, 1))
 JUDGE = common.RewardModel(
-    make_model("gpt2", len(WORDS), labels=1, seed=2), WORDS, WORDS, [1], True, True
+    WORDS,
+    [1],
+    torch.device("cpu"),
+    model=make_model("gpt2", len(WORDS), labels=1, seed=2),
+    layout=Layout(WORDS),
+    same_tokens=True,
 )
 
 
@@ -322,11 +346,18 @@ def test_an_evaluation_is_the_mean_of_its_samples(prompts, per_step, longest, mi
     )
     assert ("eval/win_rate" in metrics) == references
     if references:
-        wins = sum(
+        wins = [
             (x["reward"] > x["reference_reward"]) + 0.5 * (x["reward"] == x["reference_reward"])
             for x in samples
-        )
-        assert metrics["eval/win_rate"] == pytest.approx(wins / len(samples), abs=1e-9)
+        ]
+        assert metrics["eval/win_rate"] == pytest.approx(sum(wins) / len(samples), abs=1e-9)
+        error = statistics.pstdev(wins) / len(wins) ** 0.5
+        assert metrics["eval/win_rate_se"] == pytest.approx(error, abs=1e-6)
+        ended = [win for win, x in zip(wins, samples) if x["ended"]]
+        assert ("eval/win_rate_ended" in metrics) == bool(ended)
+        if ended:
+            assert metrics["eval/win_rate_ended"] == pytest.approx(statistics.mean(ended))
+    assert [x["ended"] for x in samples].count(True) == metrics["eval/eos_rate"] * len(samples)
     assert 1 <= metrics["eval/length"] <= longest and 0 <= metrics["eval/eos_rate"] <= 1
     same, _ = common.evaluate(run, 9, POLICY, REF, JUDGE, [replace(p) for p in held_out])
     assert same == metrics

@@ -12,6 +12,7 @@ import torch
 import transformers
 from models import (
     bpe_tokenizer,
+    encode_prompt,
     flags,
     make_model,
     make_world,
@@ -82,14 +83,14 @@ def test_a_completion_beside_a_pair():
 def test_bug16_one_start_token_and_no_end_token_in_a_prompt():
     """Whether the tokenizer adds the start token or a chat template writes it."""
     tokenizer = word_tokenizer(bos=True, chat_template="<bos> " + CHAT)
-    plain, chat = (common.encode_prompt(tokenizer, x)[1] for x in ("a film", [USER]))
+    plain, chat = (encode_prompt(tokenizer, x)[1] for x in ("a film", [USER]))
     assert plain.count(3) == 1 and chat.count(3) == 1
     from tokenizers import processors
 
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 3), ("<eos>", 1)]
     )
-    assert common.encode_prompt(tokenizer, "a film")[1] == plain
+    assert encode_prompt(tokenizer, "a film")[1] == plain
 
 
 def test_bug23_dropped_prompts_are_counted(world, tmp_path, capsys):
@@ -104,9 +105,10 @@ def test_bug23_dropped_prompts_are_counted(world, tmp_path, capsys):
     args = replace(world, dataset=write_jsonl(tmp_path / "data.jsonl", rows * 4), eval_prompts=5)
     train, test = common.load_prompts(args, word_tokenizer())
     out = capsys.readouterr().out
-    assert "one split only, so its rows from 15 on are held out" in out
-    assert "6 training prompts; dropped 6 with an empty" in out and "3 longer than" in out
-    assert {p.text for p in train + test} == {"a film", "the plot"} and len(test) == 2
+    assert "15 rows of split train to train on, 5 held out, of split train" in out
+    assert len(train + test) == 8 and {p.text for p in train + test} == {"a film", "the plot"}
+    for what, count in (("with an empty prompt", 8), ("longer than --max-prompt-tokens", 4)):
+        assert sum(map(int, re.findall(rf"dropped (\d+) {what}", out))) == count
 
 
 def test_parquet_and_order(world, tmp_path):
@@ -202,20 +204,6 @@ def bad_checkpoint(kind: str, folder: Path) -> dict:
     if kind == "no reward head":
         policy.module.config.num_labels = 1
         return {"reward_model": save(folder, policy, tokenizer)}
-    if kind == "an encoder":
-        config = transformers.BertConfig(
-            vocab_size=19,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_labels=1,
-            intermediate_size=32,
-        )
-        return {
-            "reward_model": save(
-                folder, transformers.BertForSequenceClassification(config), tokenizer
-            )
-        }
     if kind == "NaN reward":
         reward = make_model("llama", 19, labels=1)
         reward.module.score.weight.data.fill_(float("nan"))
@@ -236,7 +224,6 @@ def bad_checkpoint(kind: str, folder: Path) -> dict:
         ("no end token", "its tokenizer has no end token"),
         ("two labels", "num_labels is 2"),
         ("no reward head", "needs score.weight"),
-        ("an encoder", ""),
         ("pickle only", "safetensors"),
         ("cut short", ""),
         ("NaN reward", "NaN"),
@@ -304,9 +291,12 @@ KEYS = {
     "time/update_s",
     "tokens_per_s",
     "memory/peak_gib",
+    "kl/sampling_gap",
     "weights/ess",
 }
-EVAL = {"eval/reward", "eval/kl", "eval/win_rate", "eval/length", "eval/eos_rate"}
+EVAL = {
+    f"eval/{name}" for name in ("reward", "kl", "win_rate", "win_rate_se", "length", "eos_rate")
+}
 
 
 def test_a_run_leaves_what_is_promised(world, tmp_path, monkeypatch, capsys):
@@ -322,6 +312,8 @@ def test_a_run_leaves_what_is_promised(world, tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"brain-1-\d{8}-\d{6}", run.name)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    for line in (result, *lines):
+        assert (line.pop("eval/win_rate_ended", None) is None) == (not line.get("eval/eos_rate"))
     assert set(lines[0]) == EVAL | {"step"} and set(lines[1]) == KEYS
     assert set(lines[2]) == set(lines[4]) == KEYS | EVAL
     assert result == {key: lines[4][key] for key in EVAL}
@@ -384,6 +376,8 @@ def test_three_flags_on_real_formats(tmp_path, architecture, data):
     small = [
         "--steps",
         "2",
+        "--lr",
+        "1e-3",
         "--max-prompt-tokens",
         "200",
         "--max-response-tokens",

