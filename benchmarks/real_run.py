@@ -1,0 +1,86 @@
+"""Runs scripts on the real checkpoints of `python -m prepare.real`, as docs/real.md shows them.
+
+    python -m benchmarks.real_run [--runs brain "brain, LoRA" dpo "dpo, LoRA"]
+
+Adds a line per evaluation to benchmarks/results/real_run.jsonl, with what the independent judge
+thinks of the same samples, and the first pairs of samples before and after, in the order of the
+file, to real_samples.jsonl. The data set's own completions are other people's words: left out.
+"""
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.where import ROOT, add
+from prepare.real import judge
+
+SHARED = (
+    "--policy assets/real/policy --reward-model assets/real/reward --dataset assets/real/data "
+    "--steps 40 --prompts-per-step 8 --max-response-tokens 24 --eval-prompts 128"
+)
+RUNS = {
+    "brain": f"brain.py {SHARED} --lr 5e-5 --beta 0.1",
+    "brain, LoRA": f"brain.py {SHARED} --lr 5e-4 --beta 0.1 --lora-rank 16",
+    "dpo": f"dpo.py {SHARED} --lr 5e-5",
+    "dpo, LoRA": f"dpo.py {SHARED} --lr 5e-4 --lora-rank 16",
+}
+SHOWN = 6  # pairs of samples
+
+
+@dataclass
+class Args:
+    runs: tuple[str, ...] = tuple(RUNS)
+    """names of runs, see RUNS"""
+
+
+def main(args: Args) -> None:
+    """Runs one after the other."""
+    for name in args.runs:
+        with tempfile.TemporaryDirectory() as folder:
+            run, begin = Path(folder, "run"), time.perf_counter()
+            command = [sys.executable, *shlex.split(RUNS[name]), "--run-dir", str(run)]
+            subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+            seconds = time.perf_counter() - begin
+            metrics, samples = (
+                [json.loads(line) for line in (run / file).read_text().splitlines()]
+                for file in ("metrics.jsonl", "samples.jsonl")
+            )
+        about = {"run": name, "command": f"python {RUNS[name]}", "seconds": round(seconds)}
+        for line in metrics:
+            if "eval/reward" in line:
+                there = [sample for sample in samples if sample["step"] == line["step"]]
+                add("real_run", about | line | judged(there))
+        before, after = (
+            [sample for sample in samples if sample["step"] == step][:SHOWN]
+            for step in (0, metrics[-1]["step"])
+        )
+        for first, last in zip(before, after, strict=True):
+            pair = {"run": name, "prompt": first["prompt"]}
+            for when, sample in (("before", first), ("after", last)):
+                pair |= {when: sample["response"], f"reward_{when}": round(sample["reward"], 2)}
+            add("real_samples", pair)
+
+
+def judged(samples: list[dict]) -> dict[str, float]:
+    """The judge's mean rating of the samples, and how often it is above the data set's own."""
+    prompts = [sample["prompt"] for sample in samples]
+    ours = judge(prompts, [sample["response"] for sample in samples])
+    theirs = judge(prompts, [sample["reference"] for sample in samples])
+    wins = [float(mine > other) for mine, other in zip(ours, theirs, strict=True)]
+    return {
+        "judge/rating": statistics.mean(ours),
+        "judge/rating_of_people": statistics.mean(theirs),
+        "judge/win_rate": statistics.mean(wins),
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
