@@ -11,8 +11,10 @@ import os
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from plumbing.models import is_function, load_tokenizer, room
@@ -163,20 +165,31 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
         require(split in splits, f"--dataset {args.dataset}: has splits {list(splits)}")
     rows = _renamed(args.dataset, splits[train], selectors)
     held_out = _renamed(args.dataset, splits[test], selectors) if test else rows
-    order = random.Random(args.seed).sample(range(len(rows)), len(rows))
     # The seed of a run does not choose what it is evaluated on.
-    apart = random.Random("held out").sample(range(len(held_out)), len(held_out))
+    order, apart = _in_random_order(len(rows), args.seed), _in_random_order(len(held_out), 0)
+    counts = len(rows), len(held_out)
     if not test:
         require(len(rows) > 1, f"--dataset {name}: no usable row beside the one to hold out")
-        apart = apart[: min(args.eval_prompts, len(rows) // 2)]
+        apart = list(islice(apart, min(args.eval_prompts, len(rows) // 2)))
         held = set(apart)
-        order = [number for number in order if number not in held]
-    said = f"{len(order):,} rows of split {train} to train on, {len(apart):,} held out"
-    print(f"--dataset {name}: {said}, of split {test or train}")
+        order = (number for number in order if number not in held)
+        counts = len(rows) - len(apart), len(apart)
+    said = "{:,} rows of split {} to train on, {:,} held out, of split {}"
+    print(f"--dataset {name}:", said.format(counts[0], train, counts[1], test or train))
     reader = _Reader(args, tokenizer)
     most = args.steps * args.prompts_per_step
     train_prompts = reader.keep(rows, order, most, "training")
     return train_prompts, reader.keep(held_out, apart, args.eval_prompts, "held-out")
+
+
+def _in_random_order(count: int, seed: int) -> Iterator[int]:
+    """The numbers below `count`, each once. It remembers those that were taken, not all."""
+    draw, taken = random.Random(seed), set()
+    while len(taken) < count:
+        number = draw.randrange(count)
+        if number not in taken:
+            taken.add(number)
+            yield number
 
 
 def _selected(dataset: str) -> tuple[str, dict]:
@@ -235,7 +248,7 @@ class _Reader:
             self.reward = reward_layout(args)
             self.reward_limit = room("--reward-model", args.reward_model) - response
 
-    def keep(self, rows, order: list[int], most: int, what: str) -> list[Prompt]:
+    def keep(self, rows, order: Iterable[int], most: int, what: str) -> list[Prompt]:
         """The first `most` usable prompts of the rows; what is dropped is counted and said."""
         kept, dropped = [], Counter()
         for number in order:
