@@ -56,7 +56,8 @@ def main() -> None:
         last = lines[-1]
         print(f"## {name}\n\n    {last['command']}\n")
         print(
-            f"{last['seconds'] / 60:.0f} minutes on {last['cores']} CPU cores of a shared machine, "
+            f"{last['seconds'] / 60:.0f} minutes, {last['threads']} thread on a shared machine of "
+            f"{last['cores']} CPU cores, where another run took the other core; "
             f"{last['memory/peak_gib']:.1f} GiB; torch {last['torch']}, commit "
             f"{last['commit'][:7]}. "
             f"The judge rates what people wrote {last['judge/rating_of_people']:.2f}.\n"

@@ -1,6 +1,6 @@
 """Runs scripts on the real checkpoints of `python -m prepare.real`, as docs/real.md shows them.
 
-    python -m benchmarks.real_run [--runs brain "brain, LoRA" dpo "dpo, LoRA"]
+    OMP_NUM_THREADS=1 python -m benchmarks.real_run [--runs brain "brain, LoRA" dpo "dpo, LoRA"]
 
 Adds a line per evaluation to benchmarks/results/real_run.jsonl, with what the independent judge
 thinks of the same samples, and the first pairs of samples before and after, in the order of the
@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
 from benchmarks.where import ROOT, add
@@ -54,6 +55,7 @@ def main(args: Args) -> None:
                 for file in ("metrics.jsonl", "samples.jsonl")
             )
         about = {"run": name, "command": f"python {RUNS[name]}", "seconds": round(seconds)}
+        about["threads"] = torch.get_num_threads()
         for line in metrics:
             if "eval/reward" in line:
                 there = [sample for sample in samples if sample["step"] == line["step"]]
