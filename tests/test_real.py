@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,12 +33,13 @@ def needs(part: str, *flags: str):
 
 @pytest.fixture(scope="module")
 def args(tmp_path_factory):
-    """Two steps with 2 prompts x 2 responses."""
-    return brain.Args(
+    """Two steps with 2 prompts x 2 responses. A run's folder takes gigabytes: it is removed."""
+    folder = tmp_path_factory.mktemp("real")
+    yield brain.Args(
         policy=str(ASSETS / "policy"),
         reward_model=str(ASSETS / "reward"),
         dataset=str(ASSETS / "data"),
-        run_dir=str(tmp_path_factory.mktemp("real") / "run"),
+        run_dir=str(folder / "run"),
         steps=2,
         prompts_per_step=2,
         samples_per_prompt=2,
@@ -48,6 +50,7 @@ def args(tmp_path_factory):
         save_every=1,
         lr=1e-5,
     )
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +161,17 @@ def test_two_steps_resume_and_final(args):
 
 
 @needs("gemma", "--accept-gemma-terms")
-def test_gemma_steps_and_resumes_within_16_gib(args, tmp_path):
+def test_gemma_steps_within_16_gib(args):
     """Another vocabulary than the reward model's, of 262,144 words, and sliding windows."""
-    flags = vars(args) | {"policy": str(ASSETS / "gemma"), "run_dir": str(tmp_path / "run")}
+    folder = Path(args.run_dir).with_name("gemma")
+    flags = vars(args) | {"policy": str(ASSETS / "gemma"), "run_dir": str(folder), "save_every": 2}
     words = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in flags.items()
         if value != getattr(brain.Args(), name)
     ]
     subprocess.run([sys.executable, "brain.py", *words], cwd=ROOT, check=True)
-    log = read_log(tmp_path / "run" / "metrics.jsonl")
+    log = read_log(folder / "metrics.jsonl")
     assert [line["step"] for line in log] == [0, 1, 2] and abs(log[0]["eval/kl"]) < 1e-3
     assert max(line.get("memory/peak_gib", 0) for line in log) < 16
 
