@@ -207,8 +207,8 @@ MUTANTS = [
     ),
     (
         "dpo.py",
-        "prompt.chosen, prompt.rejected]",
-        "prompt.rejected, prompt.chosen]",
+        "        texts = [[prompt.chosen, prompt.rejected]",
+        "        texts = [[prompt.rejected, prompt.chosen]",
         DPO,
         "pairs_of",
     ),
