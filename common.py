@@ -821,6 +821,9 @@ def say_effective_samples(rewards: Tensor, flag: str, temperature: float) -> Non
         return (1 / weights.square().sum(1)).mean().item()
 
     spread = rewards.std(1, correction=0).mean().item()
+    if spread == 0:
+        print(f"reward/std 0: all samples of a prompt have the same reward, whatever {flag}")
+        return
     least, most = 1e-3 * spread, 1e3 * spread
     for _ in range(40):  # bisection: the larger τ, the more are left
         middle = math.sqrt(least * most)

@@ -405,6 +405,8 @@ def test_e2_the_advice_leaves_half_of_the_samples(capsys):
         ours = (1 / weights.square().sum(1)).mean().item()
         assert ours == pytest.approx(expected, abs=0.15)
     assert left == pytest.approx(4, abs=0.1) and now < 1.5
+    common.say_effective_samples(torch.ones(2, 4), "--beta", 0.1)
+    assert capsys.readouterr().out.startswith("reward/std 0: all samples of a prompt have the same")
 
 
 @pytest.mark.parametrize("missing", ["reward-model", "dataset", "lr"])

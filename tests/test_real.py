@@ -3,8 +3,10 @@
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,19 +163,26 @@ def test_two_steps_resume_and_final(args):
 
 
 @needs("gemma", "--accept-gemma-terms")
-def test_gemma_steps_within_16_gib(args):
+def test_gemma_steps_and_resumes_within_16_gib(args):
     """Another vocabulary than the reward model's, of 262,144 words, and sliding windows."""
     folder = Path(args.run_dir).with_name("gemma")
-    flags = vars(args) | {"policy": str(ASSETS / "gemma"), "run_dir": str(folder), "save_every": 2}
+    flags = vars(args) | {"policy": str(ASSETS / "gemma"), "run_dir": str(folder), "steps": 3}
     words = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in flags.items()
         if value != getattr(brain.Args(), name)
     ]
-    subprocess.run([sys.executable, "brain.py", *words], cwd=ROOT, check=True)
-    log = read_log(folder / "metrics.jsonl")
-    assert [line["step"] for line in log] == [0, 1, 2] and abs(log[0]["eval/kl"]) < 1e-3
-    assert max(line.get("memory/peak_gib", 0) for line in log) < 16
+    command, log = [sys.executable, str(ROOT / "brain.py")], folder / "metrics.jsonl"
+    process = subprocess.Popen([*command, *words])
+    while not log.exists() or len(read_log(log)) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() != 0 and not (folder / "final").exists()
+    subprocess.run([*command, "--resume", str(folder)], check=True)
+    lines = read_log(log)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and abs(lines[0]["eval/kl"]) < 1e-3
+    assert max(line.get("memory/peak_gib", 0) for line in lines) < 16
 
 
 # ── how they are made: no package needed ──────────────────────────────────────────────────────────
