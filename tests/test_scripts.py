@@ -102,12 +102,12 @@ def test_bug23_dropped_prompts_are_counted(world, tmp_path, capsys):
         {"prompt": "a " * 17, "completion": "good"},
         {"prompt": "the plot", "completion": "bad"},
     ]
-    args = replace(world, dataset=write_jsonl(tmp_path / "data.jsonl", rows * 4), eval_prompts=5)
+    args = replace(world, dataset=write_jsonl(tmp_path / "data.jsonl", rows * 12), eval_prompts=24)
     train, test = common.load_prompts(args, word_tokenizer())
     out = capsys.readouterr().out
-    assert "15 rows of split train to train on, 5 held out, of split train" in out
-    assert len(train + test) == 8 and {p.text for p in train + test} == {"a film", "the plot"}
-    for what, count in (("with an empty prompt", 8), ("longer than --max-prompt-tokens", 4)):
+    assert "36 rows of split train to train on, 24 held out, of split train" in out
+    assert len(train + test) == 24 and {p.text for p in train + test} == {"a film", "the plot"}
+    for what, count in (("with an empty prompt", 24), ("longer than --max-prompt-tokens", 12)):
         assert sum(map(int, re.findall(rf"dropped (\d+) {what}", out))) == count
 
 
