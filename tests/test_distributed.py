@@ -35,18 +35,22 @@ def folder(tmp_path_factory):
 
     tests/mutants.py names in RANKS_CHECKS the few checks that its tests need.
     """
-    path = tmp_path_factory.mktemp("ranks")
-    ranks.make_worlds(path)
-    for name in ranks.RESUMED:
-        ranks.stop_after(2, *ranks.args_of(path, name, path / f"one to two {name}"))
-    done = subprocess.run(
-        [*LAUNCH, "tests/ranks.py", str(path), *os.environ.get("RANKS_CHECKS", "").split()],
-        cwd=ROOT,
-        text=True,
-        timeout=600,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    for _ in range(2):
+        path = tmp_path_factory.mktemp("ranks")
+        ranks.make_worlds(path)
+        for name in ranks.RESUMED:
+            ranks.stop_after(2, *ranks.args_of(path, name, path / f"one to two {name}"))
+        done = subprocess.run(
+            [*LAUNCH, "tests/ranks.py", str(path), *os.environ.get("RANKS_CHECKS", "").split()],
+            cwd=ROOT,
+            text=True,
+            timeout=600,
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        # A thread of gloo itself crashed now and then (SIGSEGV in pt_gloo_runloop, torch 2.13).
+        if "(exitcode: -11)" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-4000:]
     (path / "out.txt").write_text(done.stdout)
     return path

@@ -102,7 +102,9 @@ def test_bug23_dropped_prompts_are_counted(world, tmp_path, capsys):
         {"prompt": "a " * 17, "completion": "good"},
         {"prompt": "the plot", "completion": "bad"},
     ]
-    args = replace(world, dataset=write_jsonl(tmp_path / "data.jsonl", rows * 12), eval_prompts=24)
+    args = replace(
+        world, dataset=write_jsonl(tmp_path / "data.jsonl", rows * 12), eval_prompts=24, steps=99
+    )
     train, test = common.load_prompts(args, word_tokenizer())
     out = capsys.readouterr().out
     assert "36 rows of split train to train on, 24 held out, of split train" in out
