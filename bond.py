@@ -30,7 +30,7 @@ How this differs from the paper (read: arXiv v1; docs/bond.md says more):
     python bond.py                                      # the embedded default, no GPU needed
     python bond.py --policy SFT --reward-model RM --dataset PROMPTS --lr 3e-6 --eta 0.02
 
-Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default). At step 1 of
+Step 0 must show eval/kl 0 and the start model's win rate (about 0.45 on the default). At step 1 of
 J-BOND a third of the samples is worse than both anchor samples (bond/penalised), less with ties.
 """
 

@@ -29,7 +29,7 @@ How this differs from the paper, of which abstract, blog and toy code could be r
     python brain.py                                     # the embedded default, no GPU needed
     python brain.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6
 
-Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default); step 1 has a
+Step 0 must show eval/kl 0 and the start model's win rate (about 0.45 on the default); step 1 has a
 uniform β̂, so its loss is log N − entropy(α̂). A weights/ess near 1/N: --beta is too small.
 """
 

@@ -28,7 +28,7 @@ prompts (GDC), prompt has Z(x) (CDPG); --proposal policy is on-policy DPG. Diffe
     python gdc.py                                       # the embedded default, no GPU needed
     python gdc.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6
 
-Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default); step 1 shows
+Step 0 must show eval/kl 0 and the start model's win rate (about 0.45 on the default); step 1 shows
 kl/ref 0. The first test should find gdc/kl_policy below gdc/kl_proposal, so gdc/replaced is 1.
 """
 

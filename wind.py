@@ -29,7 +29,7 @@ token included, in nats at the sampling temperature; they and the rewards are [P
     python wind.py                                      # the embedded default, no GPU needed
     python wind.py --policy SFT --reward-model RM --dataset PROMPTS --lr 1e-6
 
-Step 0 must show eval/kl 0 and the start model's win rate (about 0.47 on the default). At step 1, ψ
+Step 0 must show eval/kl 0 and the start model's win rate (about 0.45 on the default). At step 1, ψ
 is 0, so the loss of `square` is the variance of ĝ: close to (1 − 1/K²)/12 if hard, without ties.
 """
 
