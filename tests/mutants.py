@@ -454,7 +454,7 @@ MUTANTS = [
         PROPERTIES,
         "evaluation",
     ),
-    ("common.py", 'won_and_ended / means["eos_rate"]', "won_and_ended", PROPERTIES, "evaluation"),
+    ("common.py", 'won_and_ended / means["eos_rate"]', "won_and_ended", LAYOUT, "of_ended_samples"),
     ("common.py", "batch.sampled_logprobs - proposal_logprobs", "proposal_logprobs", LAYOUT, "b3"),
     ("common.py", "if left(middle) < n / 2 else", "if left(middle) > n / 2 else", LAYOUT, "e2"),
     ("common.py", 'f"{message}; {advice}" if advice else message', "message", BRAIN, "overflow"),

@@ -419,3 +419,25 @@ def test_e1_a_policy_of_ones_own_needs_its_reward_model_data_and_step_size(missi
     error = capsys.readouterr().err
     assert error.startswith(f"error: --policy mine: name --{missing} as well")
     assert common.parse_args(brain.Args, ["--steps", "3"]).steps == 3  # the toy keeps its defaults
+
+
+def test_d1_the_win_rate_of_ended_samples_leaves_out_the_others():
+    """Some of 40 samples end within 12 tokens and some do not; a reward is the response's length."""
+    own = word_tokenizer(WORDS)
+    policy = make_model("llama", len(own))
+    judge = common.RewardModel(
+        own,
+        policy.end_tokens,
+        torch.device("cpu"),
+        function=lambda prompts, responses: [len(response.split()) for response in responses],
+    )
+    tokens = own("film")["input_ids"]
+    prompts = [common.Prompt("film", tokens, "good", reference_reward=5.0)] * 40
+    args = brain.Args(max_response_tokens=12)
+    run = SimpleNamespace(args=args, rank=0, world=1, average=lambda x: x)
+    metrics, samples = common.evaluate(run, 1, policy, policy, judge, prompts)
+    ended = [sample["reward"] for sample in samples if sample["ended"]]
+    assert 5 < len(ended) < 35
+    wins = [(reward > 5) + 0.5 * (reward == 5) for reward in ended]
+    assert metrics["eval/win_rate_ended"] == pytest.approx(sum(wins) / len(wins))
+    assert metrics["eval/win_rate_ended"] != metrics["eval/win_rate"]
