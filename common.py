@@ -480,7 +480,7 @@ def score(reward_model: RewardModel, batch: Batch, micro_batch: int = 0) -> Tens
         part = batch[rows]
         if reward_model.function:
             parts.append(_rewards_by_function(reward_model, part))
-        elif hasattr(reward_model.model.module, "score"):
+        elif reward_model.model.scores_tokens:
             parts.append(reward_model.model(_rewards, _as_read_by(reward_model, part)))
         else:
             texts = _texts(reward_model, part)
@@ -605,7 +605,7 @@ def load_reward_model(run: Run, policy: Model, policy_tokenizer) -> RewardModel:
         reward_model.function = load_function(name)
         return reward_model
     model, layout = load_classifier(run.args, run.device), reward_layout(run.args)
-    if hasattr(model.module, "score"):
+    if model.scores_tokens:
         _choose_rows(flag, name, model)
     else:
         with explained(f"{flag} {name}"):

@@ -16,7 +16,7 @@ import tyro
 
 import common
 from plumbing.models import load_tokenizer, write_model
-from plumbing.run import FORMAT, explained, require, whole_weights
+from plumbing.run import explained, read_checkpoint, require, whole_weights
 
 
 @dataclass
@@ -33,10 +33,7 @@ def main(args: Args) -> Path:
     require(about.exists(), f"{run}: it has no args.json, so it is no run folder")
     require(path.exists(), f"{run}: it has no checkpoint yet")
     flags = SimpleNamespace(**json.loads(about.read_text())["args"])
-    with explained(f"{path} is cut short or damaged"):
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    which = saved.get("format")
-    require(which == FORMAT, f"{path} is of format {which}, this version reads {FORMAT}")
+    saved = read_checkpoint(str(path), path, mmap=True)
     folder = run / f"step-{saved['step']}"
     require(not folder.exists(), f"{folder} exists already")
 

@@ -1,8 +1,9 @@
 """What the tables of the docs share: raw lines of results, and Markdown."""
 
-import json
 import statistics
 from pathlib import Path
+
+from plumbing.report import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -11,7 +12,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def read(name: str, *keys: str) -> list[dict]:
     """Lines of a raw file, the last one for each combination of `keys`."""
     path = RESULTS / f"{name}.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_lines(path) if path.exists() else []
     return list({tuple(line[key] for key in keys): line for line in lines}.values())
 
 

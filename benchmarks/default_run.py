@@ -6,19 +6,16 @@ Adds a line per run to benchmarks/results/default_run.jsonl: wall-clock seconds 
 process, the first and the last evaluation, the gold win rates, and where it ran.
 """
 
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
-from benchmarks.where import ROOT, add
+from benchmarks import fresh
+from benchmarks.where import add
+from plumbing.report import read_lines
 from prepare import gold
 
 
@@ -34,18 +31,11 @@ def main(args: Args) -> None:
     """Runs the script once per seed, one after the other."""
     times = []
     for seed in args.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder, "run")
-            command = [f"{args.script}.py", "--seed", str(seed)]
-            load, begin = os.getloadavg()[0], time.perf_counter()
-            subprocess.run(
-                [sys.executable, *command, "--run-dir", run],
-                cwd=ROOT,
-                check=True,
-                capture_output=True,
-            )
+        command = [f"{args.script}.py", "--seed", str(seed)]
+        load, begin = os.getloadavg()[0], time.perf_counter()
+        with fresh.run(command) as run:
             seconds = time.perf_counter() - begin
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            lines = read_lines(run / "metrics.jsonl")
             judged = gold.main(gold.Args(str(run)))
         ends = {
             f"{when} {key}": lines[at][f"eval/{key}"]

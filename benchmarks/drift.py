@@ -10,7 +10,6 @@ weighted by q_θ/q′, `length` the tokens of a response.
 """
 
 import itertools
-import json
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import brain
 from benchmarks.where import add
+from plumbing.report import read_lines
 
 UPDATES = (1, 2, 5, 10, 20)
 
@@ -65,7 +65,7 @@ def drift(args: Args, lr: float, most_tokens: int, seed: int) -> list[dict]:
             brain.main(brain.Args(**flags, save_every=10**6, run_dir=str(run)))
         finally:
             brain.brain_loss = loss
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = read_lines(run / "metrics.jsonl")
     return [at | {"length": line["length/mean"]} for at, line in zip(seen, lines[1:], strict=True)]
 
 

@@ -6,16 +6,13 @@ Every rung draws 128 responses per step. Adds a line per run to benchmarks/resul
 what the last evaluation and the gold score say.
 """
 
-import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
-from benchmarks.where import ROOT, add
+from benchmarks import fresh
+from benchmarks.where import add
+from plumbing.report import read_lines
 from prepare import gold
 
 PAIRS = "--samples-per-prompt 2 --prompts-per-step 64"
@@ -38,11 +35,8 @@ def main(args: Args) -> None:
     for seed in args.seeds:
         for rung, flags in RUNGS.items():
             command = ["brain.py", *flags.split(), "--seed", str(seed)]
-            with tempfile.TemporaryDirectory() as folder:
-                run = Path(folder, "run")
-                given = [sys.executable, *command, "--run-dir", run]
-                subprocess.run(given, cwd=ROOT, check=True, capture_output=True)
-                last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+            with fresh.run(command) as run:
+                last = read_lines(run / "metrics.jsonl")[-1]
                 judged = gold.main(gold.Args(str(run)))[-1]
             line = {"rung": rung, "seed": seed, "command": " ".join(["python", *command])}
             for name in ("win_rate", "reward", "kl"):

@@ -6,13 +6,9 @@ Runs `wind.py` without its KL term and for longer, and adds what the reward mode
 say, a line per evaluation, to benchmarks/results/over_optimisation.jsonl.
 """
 
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-from benchmarks.where import ROOT, add
+from benchmarks import fresh
+from benchmarks.where import add
+from plumbing.report import read_lines
 from prepare import gold
 
 COMMAND = "wind.py --beta 0 --lr 1e-3 --steps 400 --eval-every 40 --seed 1".split()
@@ -20,10 +16,8 @@ COMMAND = "wind.py --beta 0 --lr 1e-3 --steps 400 --eval-every 40 --seed 1".spli
 
 def main() -> None:
     """Runs, judges, writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
-        subprocess.run([sys.executable, *COMMAND, "--run-dir", run], cwd=ROOT, check=True)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with fresh.run(COMMAND, shown=True) as run:
+        lines = read_lines(run / "metrics.jsonl")
         judged = {row[0]: row for row in gold.main(gold.Args(str(run)))}
     for line in lines:
         if "eval/reward" in line:

@@ -7,20 +7,17 @@ thinks of the same samples, and the first pairs of samples before and after, in 
 file, to real_samples.jsonl. The data set's own completions are other people's words: left out.
 """
 
-import json
 import shlex
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 
-from benchmarks.where import ROOT, add
+from benchmarks import fresh
+from benchmarks.where import add
+from plumbing.report import read_lines
 from prepare.real import judge
 
 SHARED = (
@@ -45,15 +42,10 @@ class Args:
 def main(args: Args) -> None:
     """Runs one after the other."""
     for name in args.runs:
-        with tempfile.TemporaryDirectory() as folder:
-            run, begin = Path(folder, "run"), time.perf_counter()
-            command = [sys.executable, *shlex.split(RUNS[name]), "--run-dir", str(run)]
-            subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+        begin = time.perf_counter()
+        with fresh.run(shlex.split(RUNS[name]), shown=True) as run:
             seconds = time.perf_counter() - begin
-            metrics, samples = (
-                [json.loads(line) for line in (run / file).read_text().splitlines()]
-                for file in ("metrics.jsonl", "samples.jsonl")
-            )
+            metrics, samples = read_lines(run / "metrics.jsonl"), read_lines(run / "samples.jsonl")
         about = {"run": name, "command": f"python {RUNS[name]}", "seconds": round(seconds)}
         about["threads"] = torch.get_num_threads()
         for line in metrics:

@@ -9,11 +9,7 @@ median step of this version is as that of the version before (sampling, scores a
 once, so that a shared machine is as busy for one as for the other.
 """
 
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +17,9 @@ from pathlib import Path
 import tyro
 
 from analyze.differences import NAMES
+from benchmarks import fresh
 from benchmarks.where import ROOT, add
+from plumbing.report import read_lines
 
 PHASES = ("time/sample_s", "time/score_s", "time/update_s")
 
@@ -40,15 +38,12 @@ class Args:
 
 def run(root: Path, script: str, steps: int) -> tuple[float, float]:
     """Seconds of a median step, and of the whole process."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, f"{script}.py", "--steps", str(steps), "--eval-prompts", "32"]
-        begin = time.perf_counter()
-        subprocess.run(
-            [*command, "--run-dir", f"{folder}/run"], cwd=root, check=True, capture_output=True
-        )
+    command = [f"{script}.py", "--steps", str(steps), "--eval-prompts", "32"]
+    begin = time.perf_counter()
+    with fresh.run(command, root) as folder:
         whole = time.perf_counter() - begin
-        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
-        steps = [sum(json.loads(line)[phase] for phase in PHASES) for line in lines[3:]]
+        lines = read_lines(folder / "metrics.jsonl")
+    steps = [sum(line[phase] for phase in PHASES) for line in lines[3:]]
     return statistics.median(steps), whole
 
 

@@ -55,6 +55,11 @@ class Model(torch.nn.Module):
         """The type in which attention is computed."""
         return torch.bfloat16 if self.mixed else self.module.dtype
 
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether it is a decoder's classifier, whose `score` reads the state of any token."""
+        return hasattr(self.module, "score")
+
     def autocast(self):
         """The context of a forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
@@ -139,7 +144,7 @@ def load_causal_lm(args, tokenizer, end_token: int, device: torch.device) -> Mod
     flag, name = "--policy", args.policy
     config = _load_config(flag, name)
     need = (args.max_prompt_tokens or 1) + args.max_response_tokens
-    limit = room(flag, name)
+    limit = _context(config.get_text_config())
     require(
         need <= limit,
         f"{flag} {name}: its context of {limit} tokens is shorter than --max-prompt-tokens + "
@@ -207,9 +212,10 @@ def load_classifier(args, device: torch.device) -> Model:
     require(labels == 1, f"{flag} {name}: num_labels is {labels}, but a reward is one number")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     module = _load_module(flag, name, AutoModelForSequenceClassification, dtype, device)
-    if hasattr(module, "score"):
+    model = Model(module.requires_grad_(False))
+    if model.scores_tokens:
         module.score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
-    return Model(module.requires_grad_(False))
+    return model
 
 
 def is_function(name: str) -> bool:

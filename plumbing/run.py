@@ -135,7 +135,7 @@ def _grouped(args_class):
     parts = []
     for group, names in groups.items():
         # tyro finds the texts of the fields in the class that they are inherited from.
-        others = [field for field in fields(args_class) if field.name not in names]
+        others = [other for other in fields(args_class) if other.name not in names]
         hidden = {other.name: field(init=False, default=other.default) for other in others}
         types = {other.name: other.type for other in others}
         part = dataclass(type(group, (args_class,), hidden | {"__annotations__": types}))
@@ -265,9 +265,7 @@ class Run:
         with self._writing("args.json"):
             shutil.rmtree(self.folder / "final", ignore_errors=True)
             about["args"]["steps"] = now
-            new = path.with_suffix(".new")
-            new.write_text(json.dumps(about, indent=2))
-            os.replace(new, path)
+            _replace(path, json.dumps(about, indent=2))
         print(f"{self.folder}: goes on to step {now}, no longer {before}")
 
     def _lock(self) -> None:
@@ -344,7 +342,9 @@ class Run:
         if not path.exists():  # the run ended before its first checkpoint, and starts anew
             self._trim_logs(-1)
             return 0
-        saved = self._read_checkpoint(path)
+        saved = read_checkpoint(f"--resume {self.folder}: {path}", path, mmap=self.world > 1)
+        same = saved["run"] == self._identity()
+        require(same, f"--resume {self.folder}: {path} is of another script or of other flags")
         whole = state_dict.StateDictOptions(full_state_dict=True)
         with explained(f"--resume {self.folder}: {path} does not fit the models"):
             frozen = self._frozen()
@@ -359,24 +359,6 @@ class Run:
             )
         self._trim_logs(saved["step"])
         return saved["step"]
-
-    def _read_checkpoint(self, path: Path) -> dict:
-        import zipfile
-
-        with explained(f"--resume {self.folder}: {path} is cut short or damaged"):
-            with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-                if archive.testzip():
-                    raise ValueError("the checksum of a part is wrong")
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=self.world > 1)
-        where = f"--resume {self.folder}: {path}"
-        require(
-            saved.get("format") == FORMAT,
-            f"{where} is of format {saved.get('format')}, this version reads {FORMAT}; the sources "
-            "that wrote it lie in the folder",
-        )
-        same = saved["run"] == self._identity()
-        require(same, f"{where} is of another script or of other flags")
-        return saved
 
     def _trim_logs(self, done: int) -> None:
         """Drops what was logged after step `done`: it will be logged again."""
@@ -393,9 +375,7 @@ class Run:
                 lines = [line for line in lines if line.endswith("\n")]
                 lines = [line for line in lines if json.loads(line)["step"] <= done]
             with self._writing("the log"):
-                new = log.with_suffix(".new")
-                new.write_text("".join(lines), encoding="utf-8")
-                os.replace(new, log)
+                _replace(log, "".join(lines))
 
     # ── what the scripts call in each step ──
 
@@ -519,6 +499,30 @@ def whole_weights(module, rank: int = 0, left_out=frozenset()) -> dict[str, Tens
             done[id(weight)] = None if rank else whole.cpu()
         weights[name] = done[id(weight)]
     return {} if rank else weights
+
+
+def read_checkpoint(what: str, path: Path, mmap: bool) -> dict:
+    """The content of a checkpoint, whole and of this version's format, or one line of `what`."""
+    import zipfile
+
+    with explained(f"{what} is cut short or damaged"):
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            if archive.testzip():
+                raise ValueError("the checksum of a part is wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    require(
+        saved.get("format") == FORMAT,
+        f"{what} is of format {saved.get('format')}, this version reads {FORMAT}; the sources that "
+        "wrote it lie in the folder",
+    )
+    return saved
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file beside the old one, then in its place: a kill leaves one of them whole."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
 
 
 def _say_thread(usual, failure) -> None:

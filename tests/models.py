@@ -67,11 +67,15 @@ def make_model(architecture: str, vocab_size: int = 24, labels: int = 0, seed: i
         if labels
         else transformers.AutoModelForCausalLM
     )
-    module = auto.from_config(config).eval()
-    for name, weight in module.named_parameters():
+    return Model(with_large_weights(auto.from_config(config)), [] if labels else [1])
+
+
+def with_large_weights(module, std: float = 0.25):
+    """The module with random weights that are large enough for attention to matter."""
+    for name, weight in module.eval().named_parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.5 if "score" in name else 0.25)
-    return Model(module, [] if labels else [1])
+            torch.nn.init.normal_(weight, std=0.5 if "score" in name else std)
+    return module
 
 
 def word_tokenizer(words=WORDS, bos: bool = False, **special):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from models import NARROW, SMALL, make_prompts, make_world, save, word_tokenizer
+from models import NARROW, SMALL, make_prompts, make_world, save, with_large_weights, word_tokenizer
 
 import brain
 import common
@@ -84,11 +84,7 @@ def make(architecture: str, vocab_size: int = 24, **config) -> Model:
     config = special | {"vocab_size": vocab_size} | config
     config = transformers.AutoConfig.for_model(architecture, **config)
     torch.manual_seed(0)
-    module = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for weight in module.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.25)
-    return Model(module, [1])
+    return Model(with_large_weights(transformers.AutoModelForCausalLM.from_config(config)), [1])
 
 
 @torch.no_grad()

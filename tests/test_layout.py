@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from models import make_model, save, word_tokenizer, write_jsonl
+from models import make_model, save, with_large_weights, word_tokenizer, write_jsonl
 from tokenizers import decoders, models, normalizers
 
 import brain
@@ -44,6 +44,19 @@ def judge_of(tokenizer, policy_tokenizer, ends, same_tokens=False, **more) -> co
     return common.RewardModel(
         policy_tokenizer, ends, cpu, model=model, layout=layout, same_tokens=same_tokens
     )
+
+
+def judge_by(function, tokenizer=None, ends=(1,), **more) -> common.RewardModel:
+    """A reward model that is a Python function."""
+    cpu = torch.device("cpu")
+    return common.RewardModel(
+        tokenizer or word_tokenizer(), list(ends), cpu, function=function, **more
+    )
+
+
+def len_in_words(prompts: list[str], responses: list[str]) -> list[int]:
+    """Rewards of long responses."""
+    return [len(response.split()) for response in responses]
 
 
 def read_by(judge, prompt: common.Prompt, response: list[int]) -> str:
@@ -258,10 +271,8 @@ def encoder_tokenizer():
 def test_an_encoder_scores_a_pair_of_texts_by_its_own_head(kind, tmp_path):
     config = transformers.AutoConfig.for_model(kind, **SMALL)
     torch.manual_seed(3)
-    module = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    for weight in module.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.3)
+    module = transformers.AutoModelForSequenceClassification.from_config(config)
+    module = with_large_weights(module, std=0.3)
     tokenizer, own = encoder_tokenizer(), word_tokenizer(["film", "good", "bad", "very", "so"])
     args = brain.Args(reward_model=save(tmp_path / "rm", module, tokenizer))
     run = SimpleNamespace(args=args, device=torch.device("cpu"))
@@ -324,22 +335,14 @@ def test_a_function_that_is_not_there(name, reason, capsys):
 
 
 def test_a_function_that_gives_too_few_rewards(capsys):
-    judge = common.RewardModel(
-        word_tokenizer(), [1], torch.device("cpu"), function=lambda prompts, responses: [0.0]
-    )
+    judge = judge_by(lambda prompts, responses: [0.0])
     with pytest.raises(SystemExit):
         common.score(judge, common.Batch([common.Prompt("the", [5])], [[[6, 1], [7, 1]]]))
     assert "gave 1 rewards for 2 responses" in capsys.readouterr().err
 
 
 def test_d1_a_response_that_was_cut_costs_the_penalty():
-    judge = common.RewardModel(
-        word_tokenizer(),
-        [1],
-        torch.device("cpu"),
-        function=lambda prompts, responses: [1.0] * len(responses),
-        missing_eos_penalty=0.25,
-    )
+    judge = judge_by(lambda prompts, responses: [1.0] * len(responses), missing_eos_penalty=0.25)
     batch = common.Batch([common.Prompt("the", [5])], [[[6, 1], [7]]])
     assert common.score(judge, batch).tolist() == [[1.0, 0.75]]
 
@@ -349,12 +352,7 @@ def test_d1_references_are_cut_as_samples_are():
     """Whole completions beside cut samples would make a policy that learns to be short look good."""
     own = word_tokenizer(WORDS)
     policy = make_model("llama", len(own))
-    judge = common.RewardModel(
-        own,
-        policy.end_tokens,
-        torch.device("cpu"),
-        function=lambda prompts, responses: [len(response.split()) for response in responses],
-    )
+    judge = judge_by(len_in_words, own, policy.end_tokens)
     prompts = [common.Prompt("film", own("film")["input_ids"], "good " * k) for k in (2, 9)]
     run = SimpleNamespace(args=brain.Args(max_response_tokens=4))
     scored = common.score_references(run, policy, judge, prompts)
@@ -425,12 +423,7 @@ def test_d1_the_win_rate_of_ended_samples_leaves_out_the_others():
     """Some of 40 samples end within 12 tokens and some do not; a reward is the response's length."""
     own = word_tokenizer(WORDS)
     policy = make_model("llama", len(own))
-    judge = common.RewardModel(
-        own,
-        policy.end_tokens,
-        torch.device("cpu"),
-        function=lambda prompts, responses: [len(response.split()) for response in responses],
-    )
+    judge = judge_by(len_in_words, own, policy.end_tokens)
     tokens = own("film")["input_ids"]
     prompts = [common.Prompt("film", tokens, "good", reference_reward=5.0)] * 40
     args = brain.Args(max_response_tokens=12)
