@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 _caches = tempfile.TemporaryDirectory(prefix="caches-")
@@ -31,6 +32,7 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 10  # of the slowest mutants
 
 
 def path_of(name: str) -> str:
@@ -780,12 +782,13 @@ class Trial:
     """A mutant in a copy of the code, and its tests in a process forked from this one."""
 
     def __init__(self, mutant: tuple[str, str, str, str, str]):
-        file, old, new, tests, words = mutant
+        self.mutant = file, old, new, tests, words = mutant
         self.folder = tempfile.TemporaryDirectory()
         source = (ROOT / file).read_text()
-        self.pid, self.wrong = 0, ""
+        self.pid, self.wrong, self.seconds = 0, "", time.perf_counter()
         if source.count(old) != 1:
             self.wrong = f"the old text occurs {source.count(old)} times"
+            self.seconds = 0.0
             return
         for name in ("plumbing", "tests", "docs", "prepare", "analyze", "benchmarks"):
             shutil.copytree(ROOT / name, Path(self.folder.name, name))
@@ -799,6 +802,7 @@ class Trial:
 
     def end(self, code: int) -> None:
         """Notes what is wrong with the exit code: all but 1 (0: no test failed; else: none ran)."""
+        self.seconds = time.perf_counter() - self.seconds
         if code != 1:
             output = Path(self.folder.name, "output").read_text()
             self.wrong = f"pytest ended with {code}: {output[-200:]}"
@@ -821,7 +825,9 @@ def main() -> None:
         if trial.wrong:
             print(f"SURVIVED ({trial.wrong}) {file}: {old!r} -> {new!r}")
     killed = sum(not trial.wrong for trial in trials)
-    print(f"killed {killed} of {len(wanted)}")
+    print(f"killed {killed} of {len(wanted)}; the slowest:")
+    for trial in sorted(trials, key=lambda trial: -trial.seconds)[:SHOWN]:
+        print(f"{trial.seconds:6.1f} s  {trial.mutant[0]}: {trial.mutant[1]!r}")
     raise SystemExit(killed < len(wanted))
 
 
