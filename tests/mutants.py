@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 _caches = tempfile.TemporaryDirectory(prefix="caches-")
@@ -785,10 +784,9 @@ class Trial:
         self.mutant = file, old, new, tests, words = mutant
         self.folder = tempfile.TemporaryDirectory()
         source = (ROOT / file).read_text()
-        self.pid, self.wrong, self.seconds = 0, "", time.perf_counter()
+        self.pid, self.wrong, self.seconds = 0, "", 0.0
         if source.count(old) != 1:
             self.wrong = f"the old text occurs {source.count(old)} times"
-            self.seconds = 0.0
             return
         for name in ("plumbing", "tests", "docs", "prepare", "analyze", "benchmarks"):
             shutil.copytree(ROOT / name, Path(self.folder.name, name))
@@ -800,9 +798,9 @@ class Trial:
             os.environ["RANKS_CHECKS"] = CHECKS.get(words, "")
             become(self.folder.name, [tests, *["-k", words] * bool(words)])
 
-    def end(self, code: int) -> None:
+    def end(self, code: int, seconds: float) -> None:
         """Notes what is wrong with the exit code: all but 1 (0: no test failed; else: none ran)."""
-        self.seconds = time.perf_counter() - self.seconds
+        self.seconds = seconds
         if code != 1:
             output = Path(self.folder.name, "output").read_text()
             self.wrong = f"pytest ended with {code}: {output[-200:]}"
@@ -818,14 +816,14 @@ def main() -> None:
             if trials[-1].pid:
                 running[trials[-1].pid] = trials[-1]
         else:
-            pid, status = os.wait()
-            running[pid].end(os.waitstatus_to_exitcode(status))
+            pid, status, used = os.wait3(0)
+            running[pid].end(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime)
             running.pop(pid).folder.cleanup()
     for (file, old, new, *_), trial in zip(wanted, trials, strict=True):
         if trial.wrong:
             print(f"SURVIVED ({trial.wrong}) {file}: {old!r} -> {new!r}")
     killed = sum(not trial.wrong for trial in trials)
-    print(f"killed {killed} of {len(wanted)}; the slowest:")
+    print(f"killed {killed} of {len(wanted)}; the slowest, in CPU seconds:")
     for trial in sorted(trials, key=lambda trial: -trial.seconds)[:SHOWN]:
         print(f"{trial.seconds:6.1f} s  {trial.mutant[0]}: {trial.mutant[1]!r}")
     raise SystemExit(killed < len(wanted))
