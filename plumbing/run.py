@@ -54,10 +54,13 @@ def require(condition: bool, message: str) -> None:
 def explained(what: str):
     """Turns an error of a library into one line that begins with `what`, the flag at fault.
 
-    Libraries do not document what a bad file makes them raise, so it catches everything.
+    Libraries do not document what a bad file makes them raise, so it catches everything, but for
+    a full GPU, which is the fault of no file.
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         # Libraries have words of their own for a full disk or a bad file; the reason is behind.
         cause = error.__cause__ or error
@@ -203,6 +206,7 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.joined = self.world > 1 and not dist.is_initialized()
+        sys.excepthook = partial(_say_full, sys.__excepthook__)
         if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint
             dist.init_process_group(timeout=timedelta(hours=1))
             sys.excepthook = partial(_say_lost, sys.excepthook)
@@ -529,6 +533,19 @@ def _say_thread(usual, failure) -> None:
     """TensorBoard writes in a thread; what fails there, `Run.log` meets and says in one line."""
     if not issubclass(failure.exc_type, OSError):
         usual(failure)
+
+
+def _say_full(usual, kind, error, trace) -> None:
+    """Says in a line that the GPU's memory is full, and which flags need less of it."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        print(
+            "error: the GPU's memory is full: take a smaller --micro-batch (0 is all of "
+            "--prompts-per-step at once; passes without gradient follow it), or --checkpointing, "
+            f"or --lora-rank 16 ({' '.join(str(error).split())[:200]})",
+            file=sys.stderr,
+        )
+    else:
+        usual(kind, error, trace)
 
 
 def _say_lost(usual, kind, error, trace) -> None:
