@@ -206,10 +206,9 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.joined = self.world > 1 and not dist.is_initialized()
-        sys.excepthook = partial(_say_full, sys.__excepthook__)
+        sys.excepthook = partial(_say_known, sys.__excepthook__)
         if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint
             dist.init_process_group(timeout=timedelta(hours=1))
-            sys.excepthook = partial(_say_lost, sys.excepthook)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # one voice; errors, on stderr, are heard from all
 
@@ -535,27 +534,19 @@ def _say_thread(usual, failure) -> None:
         usual(failure)
 
 
-def _say_full(usual, kind, error, trace) -> None:
-    """Says in a line that the GPU's memory is full, and which flags need less of it."""
+def _say_known(usual, kind, error, trace) -> None:
+    """Says in a line that memory is full, or another process gone; a traceback would only show
+    where that was met."""
     if issubclass(kind, torch.OutOfMemoryError):
-        print(
-            "error: the GPU's memory is full: take a smaller --micro-batch (0 is all of "
-            "--prompts-per-step at once; passes without gradient follow it), or --checkpointing, "
-            f"or --lora-rank 16 ({' '.join(str(error).split())[:200]})",
-            file=sys.stderr,
+        said = (
+            "the GPU's memory is full: take a smaller --micro-batch (0 is all of "
+            "--prompts-per-step at once), --checkpointing or --lora-rank 16"
+        )
+    elif issubclass(kind, dist.DistError) or "gloo" in str(error):  # gloo's errors have no type
+        said = (
+            f"rank {os.environ.get('RANK', 0)} lost another process; torchrun says below how it "
+            "ended; go on from the last checkpoint with --resume and the run folder"
         )
     else:
-        usual(kind, error, trace)
-
-
-def _say_lost(usual, kind, error, trace) -> None:
-    """Says in a line that another process is gone; a traceback would show where this one waited."""
-    if issubclass(kind, dist.DistError) or "gloo" in str(error):  # gloo's errors have no type
-        print(
-            f"error: rank {os.environ['RANK']} lost another process; torchrun says below how it "
-            "ended; go on from the last checkpoint with --resume and the run folder "
-            f"({str(error)[:200]})",
-            file=sys.stderr,
-        )
-    else:
-        usual(kind, error, trace)
+        return usual(kind, error, trace)
+    print(f"error: {said} ({' '.join(str(error).split())[:200]})", file=sys.stderr)

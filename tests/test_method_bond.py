@@ -388,9 +388,7 @@ def test_eq8_the_anchor_is_the_exact_moving_average(world, tmp_path, monkeypatch
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     copied = common.frozen_copy
-    monkeypatch.setattr(
-        common, "frozen_copy", lambda model: anchors.append(copied(model)) or anchors[-1]
-    )
+    monkeypatch.setattr(common, "frozen_copy", lambda *x: anchors.append(copied(*x)) or anchors[-1])
     train(bond, world, tmp_path / "run", steps=3, updates_per_sample=2, eta=0.3, warmup_steps=0)
     ref, anchor = anchors[:2]
     assert len(policies) == 6
