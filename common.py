@@ -63,6 +63,7 @@ __all__ = [
 ]  # for the scripts
 
 CHUNK = 2**22  # logits in one chunk of the vocabulary head, 16 MiB
+GPU_CHUNK = 2**27  # the same on a GPU, 512 MiB: each chunk reads, casts and adds the head's weights
 MOST_LOGITS = 2**25  # kept for the backward pass, 128 MiB; of more, none is kept
 MISTAKE = 1 / 3  # of the effect of an unseen token: what bfloat16 may differ by
 DRAWN = 8  # prompts sampled for at once, per prompt of --micro-batch: no activations are kept
@@ -327,7 +328,8 @@ def _read_in_chunks(
     """
     vocabulary = model.config.vocab_size
     # Chunks of fewer than 256 tokens would be bound by reading the head's weights.
-    size = max(256, CHUNK // vocabulary)
+    chunk = CHUNK if model.device.type == "cpu" else GPU_CHUNK
+    size = max(256, chunk // vocabulary)
     read = partial(_read, model, temperature)
     if len(targets) * vocabulary > MOST_LOGITS:
         read = partial(checkpoint, read, use_reentrant=False)

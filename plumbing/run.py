@@ -205,6 +205,8 @@ class Run:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            # It plans anew for each shape of the inputs, and a sampled token has one of its own.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.joined = self.world > 1 and not dist.is_initialized()
         sys.excepthook = partial(_say_known, sys.__excepthook__)
         if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint

@@ -1,10 +1,11 @@
 """What a GPU computes in bfloat16, on a CPU: the check at load, copies, what a token moves."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from models import ARCHITECTURES, make_model, make_prompts
+from models import ARCHITECTURES, make_model, make_prompts, make_world
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -110,6 +111,14 @@ def test_a_model_that_fits_no_rows_is_an_error_in_bfloat16_too(capsys):
     assert "does not give the numbers of single rows" in capsys.readouterr().err
 
 
+def test_a_reward_model_whose_last_layer_alone_is_float32_passes(capsys):
+    """As it is loaded on a GPU; its own forward pass does not join the two."""
+    model = make_model("llama", 2000, labels=1, **shape_of("llama"))
+    model.module.to(torch.bfloat16).score.float()
+    common._choose_rows("--reward-model", "x", model)
+    assert model.shared_rows and not capsys.readouterr().out
+
+
 # ── the memory of a GPU ──
 def full(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
@@ -143,6 +152,55 @@ def test_a_full_gpu_ends_in_one_line_that_names_the_flags(capsys):
     assert "Tried to allocate 2.00 GiB. GPU 0" in said and said.count("\n") == 1
     running._say_known(sys.__excepthook__, ValueError, ValueError("a mistake"), None)
     assert "ValueError: a mistake" in capsys.readouterr().err
+
+
+def test_micro_batch_bounds_all_passes(tmp_path, monkeypatch):
+    """Sampling, which keeps no activations, takes eight times as many prompts; what is scored, and
+    all log-probs, those of references and of evaluations included, take so many."""
+    args = make_world(tmp_path, steps=1, micro_batch=1, prompts_per_step=12, eval_prompts=20)
+    sampled, others = [], []
+    for name, seen in (
+        ("_sample", sampled),
+        ("_rewards", others),
+        ("_logprobs_and_entropy", others),
+    ):
+        inner = getattr(common, name)
+
+        def watched(model, batch, *more, inner=inner, seen=seen):
+            seen.append(len(getattr(batch, "prompts", batch)))
+            return inner(model, batch, *more)
+
+        monkeypatch.setattr(common, name, watched)
+    monkeypatch.setattr(common, "_choose_rows", lambda *_: None)
+    brain.main(args)
+    assert sampled == [8, 8, 4] + [8, 4] + [8, 8, 4]
+    assert set(others) == {1}
+
+
+def test_a_gpu_has_longer_chunks_of_the_head(monkeypatch):
+    """Which read and cast its weights less often."""
+    sizes, targets = [], torch.zeros(3000, dtype=torch.long)
+    monkeypatch.setattr(common, "_read", lambda model, heat, s, t: sizes.append(len(t)) or (t, t))
+    for device in ("cpu", "cuda"):
+        model = SimpleNamespace(
+            device=torch.device(device), config=SimpleNamespace(vocab_size=2**17)
+        )
+        common._read_in_chunks(model, torch.zeros(3000, 1), targets, 1.0)
+    assert sizes == [256] * 11 + [184] + [1024, 1024, 952]
+
+
+def test_a_gpus_attention_makes_no_plans(monkeypatch):
+    """cuDNN's would, for every new shape; on a CPU nothing is switched."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for there in (False, True):
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+            common.Run(brain.Args(), brain.__file__)
+            assert torch.backends.cuda.cudnn_sdp_enabled() != there
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # ── copies ──
