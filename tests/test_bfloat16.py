@@ -203,6 +203,16 @@ def test_a_gpus_attention_makes_no_plans(monkeypatch):
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+def test_each_row_of_a_mask_begins_at_16_bytes():
+    """A GPU's attention would copy the mask in every layer; what it says is the same."""
+    model, slots = make_model("llama"), torch.arange(11).view(1, -1)
+    for length in range(1, 12):
+        segment = torch.zeros_like(slots[:, :length])
+        mask = common._attention_mask(model, segment, slots[:, :length], slice(None))
+        assert mask.shape == (1, 1, length, length) and mask.stride(2) % 8 == 0
+        assert torch.equal(mask[0, 0] == 0, torch.ones(length, length).tril().bool())
+
+
 # ── copies ──
 def in_mixed(architecture: str, **more):
     """A model of float32 weights that computes in bfloat16, as on a GPU."""
