@@ -2,15 +2,18 @@
 
     python -m analyze.memory
 
-Prints the tables of docs/scaling.md. Nothing in them was measured on a GPU: tests compare the bytes
+Writes the tables of docs/scaling.md. Nothing in them was measured on a GPU: tests compare the bytes
 with tensors of small models on a CPU, in one and in two processes, and with the peak of runs of
 SmolLM2-135M on a pretended GPU; the seconds are computed.
 """
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common import CHUNK, MOST_LOGITS
 
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 GB = 1e9  # as in the names of cards; a card of 80 GB has a little more
 CARDS = {"H100": (80, 3.35e12), "H200": (141, 4.8e12)}  # GB, bytes/s of its memory
 FLOPS, SHARE = 989e12, 0.4  # dense bfloat16 of both cards, per second; the share that is assumed
@@ -291,10 +294,11 @@ def one_card_table(batch: Batch) -> str:
     return table(head, rows)
 
 
-def main() -> None:
-    """Prints the tables."""
-    print(one_card_table(LONG), memory_table(Batch()), time_table(Batch()), sep="\n\n")
+def page() -> str:
+    """docs/scaling.md with these tables in the places of those that it has."""
+    tables = iter([one_card_table(LONG), memory_table(Batch()), time_table(Batch())])
+    return re.sub(r"(?m)(^\|.*\n)+", lambda _: next(tables) + "\n", PAGE.read_text())
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page())

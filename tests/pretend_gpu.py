@@ -299,6 +299,17 @@ def _name(entry: dict) -> str:
     return entry["func"].split("(")[0]
 
 
+def run(words: list[str], counts: Path, root: Path) -> tuple[subprocess.CompletedProcess, dict]:
+    """(how it ended, what was counted) of `python WORDS` on the pretended device, in a process of
+    its own, by the sources in `root`. The counts lie in the file of that name, too."""
+    tool = root / "tests" / Path(__file__).name
+    command = [sys.executable, tool, "--counts", counts, *words]
+    done = subprocess.run(
+        list(map(str, command)), cwd=root, capture_output=True, text=True, timeout=600
+    )
+    return done, json.loads(counts.read_text()) if counts.exists() else {}
+
+
 def show(counts: dict) -> None:
     """Prints a table of the phases, and the waits by line, to stderr."""
     head = f"{'phase':36}{'entered':>8}{'kernels':>9}{'each':>8}{'MB':>9}{'plans':>7}{'waits':>7}"
