@@ -165,9 +165,10 @@ def update(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
 
     They are the gradients; root and two blocks gathered, and the gradients of root and one block
     before they are reduced, if they have any; bfloat16 copies, which autocast makes, of float32
-    weights that multiply in the blocks; activations; the head's copies and, while a chunk of its
-    logits goes backward, its gradient, in bfloat16 and then in float32; logits in float32, three
-    times a chunk and, if there are few, once all.
+    weights that multiply in the blocks; activations; such copies of the head; and logits. A chunk
+    of these is there five times in float32, for log-probs and entropy, or goes backward, with 14
+    bytes each and the head's gradient in bfloat16 and in float32. If there are few logits in all,
+    the log-probs of the other chunks are kept.
 
     Autocast keeps its copies until the backward pass, but for those of weights that are not trained
     if blocks are run again in it: then there are one block's.
@@ -182,13 +183,15 @@ def update(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
     kept = logits <= MOST_LOGITS
     chunks = -(-logits // chunk) if kept else 1
     mixed = setup.weight == 4
+    here = min(chunk, logits)
+    backward = 14 * here + 6 * head * (setup.rank == 0)
     return {
         "gradients": 4 * (adapters if setup.rank else model.parameters) / setup.gpus,
         "gathered blocks": setup.weight * gathered * (setup.gpus > 1),
         "autocast's copies": 2 * copied * model.block * mixed + 2 * adapters,
         "activations": activations(model, batch.micro_batch * batch.slots, setup),
-        "head": 2 * head * chunks * mixed + 6 * head * (setup.rank == 0),
-        "logits": 3 * 4 * min(chunk, logits) + 4 * logits * kept,
+        "head": 2 * head * chunks * mixed,
+        "logits": max(5 * 4 * here, backward) + 4 * (logits - here) * kept,
     }
 
 

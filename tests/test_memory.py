@@ -1,12 +1,14 @@
 """The formulas of analyze/memory.py against tensors, and its tables against docs/scaling.md."""
 
 import json
+import weakref
 
 import pretend_gpu
 import pytest
 import torch
 import transformers
 from models import make_prompts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import brain
 import common
@@ -83,6 +85,64 @@ def test_activations_and_autocasts_copies(weight, rank, checkpointing, shape):
         copies = 0 if checkpointing else parts["autocast's copies"]  # then made anew, and dropped
         counted.append(parts["activations"] + copies)
     assert kept[1] - kept[0] == counted[1] - counted[0] > 0
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, and live: `most` of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.counted = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return found
+
+    def count(self, storage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.counted:
+            self.counted.add(address)
+            self.live += size
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self.forget, address, size)
+
+    def forget(self, address: int, size: int) -> None:
+        self.counted.discard(address)
+        self.live -= size
+
+
+def backward_peak(spec, setup, batch: memory.Batch) -> int:
+    """Bytes that an update of a random model in mixed adds at the most."""
+    model = build(spec, max_position_embeddings=4096)
+    model.mixed = True
+    if setup.rank:
+        models._add_adapters(model.module, brain.Args(lora_rank=setup.rank))
+    responses = [[[7] * batch.response_tokens] * batch.samples] * batch.prompts
+    whole = common.Batch(make_prompts(*[[5] * batch.prompt_tokens] * batch.prompts), responses)
+    with Peak() as peak:
+        for rows in common.micro_batches(batch.prompts, batch.micro_batch):
+            common.logprobs_and_entropy(model, whole[rows], 1.0)[0].sum().backward()
+    return peak.most
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    "vocab, response",
+    [(60_000, 40), (60_000, 160), (200, 200)],
+    ids=["all logits kept", "logits computed again", "blocks"],
+)
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_what_a_backward_pass_adds(rank, vocab, response, micro_batch):
+    """The formula is right to 15 % where the head decides, and where the blocks do; with gradients
+    of an earlier pass and without."""
+    spec = memory.Llama(6, 64, 128, 4, 2, 16, vocab, tied=True)
+    setup = memory.Setup(rank=rank)
+    batch = memory.Batch(2, 4, 30, response, micro_batch)
+    measured, formula = backward_peak(spec, setup, batch), memory.at_once(spec, batch, setup)
+    assert measured == pytest.approx(formula, rel=0.15)
 
 
 @pytest.mark.parametrize("rank", [4, 7])
