@@ -193,7 +193,7 @@ def main(args: Args) -> dict[str, float]:
     ref = common.frozen_copy(policy)
 
     # ── models of the method ──
-    anchor = ref if args.anchor == "fixed" else common.frozen_copy(policy)
+    anchor = ref if args.anchor == "fixed" else common.frozen_copy(policy, args.anchor == "ema")
     models = {"policy": policy, "anchor": anchor}
 
     # ── start ──

@@ -63,7 +63,10 @@ __all__ = [
 ]  # for the scripts
 
 CHUNK = 2**22  # logits in one chunk of the vocabulary head, 16 MiB
+GPU_CHUNK = 2**27  # the same on a GPU, 512 MiB: each chunk reads, casts and adds the head's weights
 MOST_LOGITS = 2**25  # kept for the backward pass, 128 MiB; of more, none is kept
+MISTAKE = 1 / 3  # of the effect of an unseen token: what bfloat16 may differ by
+DRAWN = 8  # prompts sampled for at once, per prompt of --micro-batch: no activations are kept
 MOST_ENDED = 0.25  # of the rows being sampled: as many must have ended for them to leave
 
 
@@ -219,54 +222,64 @@ def _integers(values: list, device: torch.device) -> Tensor:
     return torch.from_numpy(numpy.array(values, dtype=numpy.int64)).to(device)
 
 
-def _attention_mask(model: Model, segment: Tensor, position: Tensor, asking: slice):
-    """What to add to the attention scores, [R, 1, Q, S], of the slots `asking` for all S slots."""
-    behind = position[:, asking, None] - position[:, None, :]  # [R, Q, S] tokens
-    own = segment[:, asking, None] == segment[:, None, :]
-    visible = (behind >= 0) & (own | (segment == 0)[:, None, :])
+def _attention_mask(
+    model: Model, segment: Tensor, position: Tensor, asking: slice, groups: int = 1
+) -> Tensor | dict[str, Tensor]:
+    """What to add to the attention scores, [R, 1, groups · Q, S], of the slots `asking` for all S
+    slots, as often as `groups` says; by type of layer where only some have a window.
+
+    On plain rows, whose masks the library makes, 1 for each slot [R, S] that is no padding.
+    """
+    if not model.shared_rows:
+        return (segment >= 0).long()
+    place = position[:, asking].repeat(1, groups)[:, :, None]  # [R, Q, 1]
+    own = segment[:, asking].repeat(1, groups)[:, :, None] == segment[:, None]  # [R, Q, S]
+    visible = (position[:, None] <= place) & (own | (segment == 0)[:, None])
 
     def additive(visible: Tensor) -> Tensor:
-        dtype = model.compute_dtype
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+        # A GPU's attention would copy, in each layer, a mask whose rows do not begin at 16 bytes.
+        shape = *visible.shape[:2], -(-visible.shape[2] // 8) * 8
+        mask = torch.zeros(shape, dtype=model.compute_dtype, device=visible.device)
+        mask = mask[..., : visible.shape[2]]
+        return mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)[:, None]
 
     if not model.window:
         return additive(visible)
     # A window counts positions, not slots: response w lies many slots behind its prompt.
-    windowed = additive(visible & (behind < model.window))
+    windowed = additive(visible & (position[:, None] > place - model.window))
     if not model.layer_types:
         return windowed
     return {"full_attention": additive(visible), "sliding_attention": windowed}
 
 
-def _states(
-    model: Model, tokens: Tensor, segment: Tensor, position: Tensor, start: int = 0, cache=None
-) -> Tensor:
-    """Last hidden states [R, Q, D] of `tokens` [R, Q], which fill the slots of R rows from `start`.
+def _states(model: Model, tokens: Tensor, segment: Tensor, position: Tensor) -> Tensor:
+    """What `_forward` gives for whole rows, of three [R, S]."""
+    mask = _attention_mask(model, segment, position, slice(None))
+    return _forward(model, tokens, position, mask)
 
-    `segment` and `position` [R, S] are those of all slots up to the last of them. A language model
-    on plain rows gives its logits [R, Q, V] instead, so that its own head is used as it is.
+
+def _forward(model: Model, tokens: Tensor, position: Tensor, mask, cache=None) -> Tensor:
+    """Last hidden states [R, Q, D] of `tokens` at `position`, [R, Q] each, with what
+    `_attention_mask` gives for all slots up to the last of them.
+
+    Of a language model whose head we cannot apply, its own logits [R, Q, V] instead.
     """
-    asking = slice(start, start + tokens.shape[1])
-    mask = (segment >= 0).long()
-    if model.shared_rows:
-        mask = _attention_mask(model, segment, position, asking)
     inputs = {
         "input_ids": tokens,
         "attention_mask": mask,
-        "position_ids": position[:, asking],
+        "position_ids": position,
         "past_key_values": cache,
         "use_cache": cache is not None,
     }
     with model.autocast():
-        if model.end_tokens and not model.shared_rows:
+        if model.own_head and model.end_tokens:
             return model.module(**inputs).logits
         return model.module.base_model(**inputs).last_hidden_state
 
 
 def _logits(model: Model, states: Tensor) -> Tensor:
-    """Logits [..., V] in float32 of what `_states` gave."""
-    if not model.shared_rows:
+    """Logits [..., V] in float32 of what `_forward` gave."""
+    if model.own_head:
         return states.float()
     with model.autocast():
         logits = model.module.get_output_embeddings()(states)
@@ -315,7 +328,8 @@ def _read_in_chunks(
     """
     vocabulary = model.config.vocab_size
     # Chunks of fewer than 256 tokens would be bound by reading the head's weights.
-    size = max(256, CHUNK // vocabulary)
+    chunk = CHUNK if model.device.type == "cpu" else GPU_CHUNK
+    size = max(256, chunk // vocabulary)
     read = partial(_read, model, temperature)
     if len(targets) * vocabulary > MOST_LOGITS:
         read = partial(checkpoint, read, use_reentrant=False)
@@ -358,44 +372,54 @@ def sample(
     """n responses per prompt from softmax(logits / temperature) and nothing else.
 
     No top-k, no top-p, no penalty, whatever the checkpoint's generation defaults say. The batch
-    holds the log-probs of the responses as they were drawn.
+    holds the log-probs of the responses as they were drawn. How many prompts are sampled for at
+    once changes nothing but rounding.
     """
+    device, shape = model.device, (max_tokens, len(prompts), n)
+    generator = torch.Generator(device).manual_seed(seed)
+    u = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)  # in [0, 1)
     with gathered(model):
-        return model(_sample, prompts, n, max_tokens, temperature, seed)
+        parts = [
+            model(_sample, prompts[rows], u[:, rows], temperature)
+            for rows in micro_batches(len(prompts), model.most_prompts)
+        ]
+    responses = [group for part in parts for group in part.responses]
+    return Batch(prompts, responses, torch.cat([part.sampled_logprobs for part in parts]))
 
 
-def _sample(
-    model: Model, prompts: list[Prompt], n: int, max_tokens: int, temperature: float, seed: int
-) -> Batch:
-    """The prompt is computed once per row; each step feeds one token of each of its responses.
+def _sample(model: Model, prompts: list[Prompt], u: Tensor, temperature: float) -> Batch:
+    """The responses that u [T, P, N] draws.
 
+    The prompt is computed once per row; each step feeds one token of each of the row's responses.
     The slots behind the prompt go to the responses in turn: L + t · w + i is token t of response i.
     """
     from plumbing.cache import make_cache  # late, as it imports transformers
 
-    device, longest = model.device, max(len(prompt.tokens) for prompt in prompts)
+    device, (max_tokens, _, n) = model.device, u.shape
+    longest = max(len(prompt.tokens) for prompt in prompts)
     width = _row_width(model, longest, max_tokens / 2, n)  # a row fills up as it goes
     tokens, segment, position = _prompt_rows(model, prompts, n // width)  # [R, L]
+    cache = make_cache(model, longest + max_tokens * width)
+    mask = _attention_mask(model, segment, position, slice(None))
+    # The prompt's last state speaks for all responses of the row: [R, 1, D], later [R, w, D].
+    states = _forward(model, tokens, position, mask, cache)[:, -1:]
     # The slots that may come, [R, S] in all.
     response = torch.arange(1, width + 1, device=device).repeat(max_tokens)
     place = torch.arange(1, max_tokens + 1, device=device).repeat_interleave(width)
     segment = torch.cat([segment, response.expand(len(tokens), -1)], 1)
     position = torch.cat([position, position[:, -1:] + place], 1)
-    cache = make_cache(model, segment.shape[1])
+    groups = model.groups if width > 1 else 1
 
-    generator = torch.Generator(device).manual_seed(seed)
     ends = torch.tensor(model.end_tokens, device=device)
     shape = (len(tokens), width)
+    u = u.reshape(max_tokens, *shape)
     drawn = torch.zeros(*shape, max_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(shape, device=device)
     running = torch.ones(shape, dtype=torch.bool, device=device)
     left = torch.arange(len(tokens), device=device)  # rows with a response that has not ended
-    # The prompt's last state speaks for all responses of the row: [R, 1, D], later [R, w, D].
-    states = _states(model, tokens, segment[:, :longest], position[:, :longest], 0, cache)
-    states = states[:, -1:]
+    whole = None  # the mask of the last token's slots
     for t in range(max_tokens):
-        u = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)[left]
-        token, token_logprobs = _draw(_logits(model, states), temperature, u)
+        token, token_logprobs = _draw(_logits(model, states), temperature, u[t][left])
         drawn[left, :, t] = token
         logprobs[left] += token_logprobs * running[left]
         running[left] &= ~torch.isin(token, ends)
@@ -409,10 +433,16 @@ def _sample(
             if model.shared_rows and len(stay) <= (1 - MOST_ENDED) * len(left):
                 cache.batch_select_indices(stay)
                 left, token = left[stay], token[stay]
-                segment, position = segment[stay], position[stay]
-        start = longest + t * width
-        filled = slice(start + width)
-        states = _states(model, token, segment[:, filled], position[:, filled], start, cache)
+                segment, position, whole = segment[stay], position[stay], None
+        filled = longest + (t + 1) * width
+        now = slice(filled - width, filled)
+        if model.window:
+            mask = _attention_mask(model, segment[:, :filled], position[:, :filled], now, groups)
+        else:  # each token's is the last one's, cut where its own slots end
+            if whole is None:
+                whole = _attention_mask(model, segment, position, slice(-width, None), groups)
+            mask = whole[..., :filled]
+        states = _forward(model, token, position[:, now], mask, cache)
     responses = drawn.view(len(prompts), n, max_tokens).tolist()
     responses = [[up_to_end(ids, model.end_tokens) for ids in group] for group in responses]
     return Batch(prompts, responses, logprobs.view(len(prompts), n))
@@ -593,6 +623,7 @@ def load_policy(run: Run, tokenizer) -> Model:
     policy = load_causal_lm(run.args, tokenizer, end_token, run.device)
     _choose_rows("--policy", run.args.policy, policy)
     policy.mixed = run.device.type == "cuda" and run.args.dtype != "float32"
+    policy.most_prompts = DRAWN * run.args.micro_batch
     return policy
 
 
@@ -630,16 +661,17 @@ def _choose_rows(flag: str, name: str, model: Model) -> None:
     vocabulary, pad = model.config.vocab_size, model.config.pad_token_id
     ids = [i for i in (k * k % vocabulary for k in range(5, 60)) if i != pad]
     with explained(f"{flag} {name}"):
-        logits = model.module(torch.tensor([ids[:8]], device=model.device)).logits
+        logits = _own_logits(model, ids[:8])
     require(logits.isfinite().all(), f"{flag} {name}: its weights give NaN or infinity")
-    allowed = 1e-3 if model.module.dtype == torch.float32 else 0.25
-    for model.shared_rows in (True, False):
+    for model.shared_rows, model.own_head in ((True, False), (False, False), (False, True)):
         try:
-            gap = _gap(model, ids)
+            gap, allowed = _gap(model, ids)
             problem = f"off by {gap:.1e}"
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the model
         except Exception as error:  # a model raises what it likes at a mask it does not know
-            gap, problem = float("inf"), f"{type(error).__name__} {error}"
-        if gap < allowed:
+            gap, allowed, problem = float("inf"), 0.0, f"{type(error).__name__} {error}"
+        if gap <= allowed:
             return
         if model.shared_rows:
             print(f"{flag} {name}: no shared rows ({problem:.200}); a prompt is computed N times")
@@ -649,33 +681,52 @@ def _choose_rows(flag: str, name: str, model: Model) -> None:
     require(False, message)
 
 
-def _gap(model: Model, ids: list[int]) -> float:
-    """How far a model's numbers are from those of single rows, on two prompts of unlike length.
+def _gap(model: Model, ids: list[int]) -> tuple[float, float]:
+    """How far a model's numbers are from those of single rows, and how far they may be, on two
+    prompts of unlike length.
 
-    Rewards; or log-probs, as they were drawn through the cache and as they are recomputed.
+    The numbers are rewards; or log-probs, as they were drawn through the cache and as they are
+    recomputed. In float32 they differ by rounding. In bfloat16 other kernels round otherwise, by an
+    amount that grows with the model: so the mean difference is compared with that of a mistake made
+    on purpose, a token of the prompt that no response sees.
     """
     prompts = [Prompt("", ids[:5]), Prompt("", ids[5:8])]
     if model.end_tokens:
-        batch = sample(model, prompts, n=2, max_tokens=4, temperature=1.0, seed=0)
+        batch = sample(model, prompts, n=4, max_tokens=4, temperature=1.0, seed=0)
         ours = torch.stack([batch.sampled_logprobs, logprobs(model, batch, 1.0)])
     else:
         responses = [ids[8:12], ids[12:14]]
         batch = Batch(prompts, [responses, responses[::-1]])
         ours = _rewards(model, batch)
-    for i, prompt in enumerate(prompts):
-        for j, response in enumerate(batch.responses[i]):
-            ours[..., i, j] -= _alone(model, prompt.tokens, response)
-    return ours.abs().max().item()
+    alone = _alone(model, batch)
+    gaps = (ours - alone).abs()
+    if model.module.dtype == torch.float32:
+        return gaps.max().item(), 1e-3
+    shorter = [Prompt("", prompt.tokens[:1] + prompt.tokens[2:]) for prompt in prompts]
+    mistake = (_alone(model, Batch(shorter, batch.responses)) - alone).abs()
+    return gaps.mean().item(), MISTAKE * mistake.mean().item()
 
 
-def _alone(model: Model, prompt: list[int], response: list[int]) -> float:
-    """The log-prob or reward of a response that the model itself gives to a row of its own."""
-    row = torch.tensor([prompt + response], device=model.device)
-    logits = model.module(row).logits[0].float()
-    if not model.end_tokens:
-        return logits[-1].item()
-    steps = F.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
-    return sum(steps[place, token].item() for place, token in enumerate(response))
+def _alone(model: Model, batch: Batch) -> Tensor:
+    """The log-probs or rewards [P, N] that the model itself gives to rows of one response each."""
+    numbers = []
+    for prompt, responses in zip(batch.prompts, batch.responses):
+        for response in responses:
+            logits = _own_logits(model, prompt.tokens + response)
+            number = logits[-1]
+            if model.end_tokens:
+                steps = F.log_softmax(logits[len(prompt.tokens) - 1 : -1], dim=-1)
+                number = sum(steps[place, token] for place, token in enumerate(response))
+            numbers.append(number)
+    return torch.stack(numbers).view(len(batch.prompts), -1)
+
+
+def _own_logits(model: Model, row: list[int]) -> Tensor:
+    """The logits [S, V], or the reward [1], that the model itself gives to a row of tokens."""
+    rough = model.module.dtype == torch.bfloat16
+    # A reward model's last layer may be float32 where all else is bfloat16: autocast joins them.
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=rough):
+        return model.module(torch.tensor([row], device=model.device)).logits[0].float()
 
 
 @torch.no_grad()
@@ -728,7 +779,7 @@ def score_references(
     for rows in micro_batches(len(prompts), 2 * run.args.prompts_per_step):
         texts = [[prompt.reference] for prompt in prompts[rows]]
         batch = encode_responses(tokenizer, policy, prompts[rows], texts, most_tokens)
-        rewards = score(reward_model, batch)[:, 0].tolist()
+        rewards = score(reward_model, batch, run.args.micro_batch)[:, 0].tolist()
         scored += [replace(p, reference_reward=reward) for p, reward in zip(prompts[rows], rewards)]
     return scored
 

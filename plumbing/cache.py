@@ -1,11 +1,16 @@
-"""The key and value cache of the sampler: `common.sample` makes one per call."""
+"""The sampler's keys and values: a cache that copies nothing, and attention that copies nothing."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 class GrowingLayer(StaticLayer):
-    """A layer's keys and values in memory that is taken once.
+    """A layer's keys and values in memory that is taken once, in the type in which they are read.
 
     Attention sees the filled slots as a view. transformers' dynamic cache copies everything at
     each token; its static cache lets attention read slots that are not filled yet.
@@ -13,10 +18,14 @@ class GrowingLayer(StaticLayer):
 
     filled = 0
 
+    def __init__(self, slots: int, kept: torch.dtype):
+        super().__init__(slots)
+        self.kept = kept
+
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Adds keys and values [R, heads, Q, size]; returns those of all filled slots."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
+        if not self.is_initialized:  # rotary embeddings give keys in float32, whatever is computed
+            self.lazy_initialization(keys.to(self.kept), values.to(self.kept))
         end = self.filled + keys.shape[2]
         self.keys[:, :, self.filled : end] = keys
         self.values[:, :, self.filled : end] = values
@@ -31,5 +40,32 @@ class GrowingLayer(StaticLayer):
 def make_cache(model, slots: int) -> Cache:
     """A cache for rows of at most `slots` tokens; on plain rows the one that the model asks for."""
     if model.shared_rows:
-        return Cache(layer_class_to_replicate=lambda: GrowingLayer(slots))
+        return Cache(layer_class_to_replicate=lambda: GrowingLayer(slots, model.compute_dtype))
     return DynamicCache(config=model.module.config)
+
+
+def share_heads(module) -> int:
+    """Lets a model read the keys of grouped-query heads by `grouped_attention`, if it can do with
+    any attention; returns how many query heads share a key head, 1 where nothing is to be done."""
+    config = module.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    if groups == 1 or module.config._attn_implementation != "sdpa":
+        return 1
+    AttentionInterface.register("grouped_sdpa", grouped_attention)
+    AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+    module.set_attn_implementation("grouped_sdpa")
+    return groups if module.config._attn_implementation == "grouped_sdpa" else 1
+
+
+def grouped_attention(layer, query: Tensor, key: Tensor, value: Tensor, mask, **options):
+    """transformers' attention, but that a mask of more rows than queries lets the queries of all
+    heads that share a key head be queries of one head, in turn: keys and values are read where they
+    are, of which the library would make a copy per query head, at each token."""
+    rows, heads, asking, size = query.shape
+    if mask is None or mask.shape[2] == asking:
+        return sdpa_attention_forward(layer, query, key, value, mask, **options)
+    query = query.reshape(rows, key.shape[1], -1, size)
+    scale = options.get("scaling")
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.view(rows, heads, asking, -1).transpose(1, 2).contiguous(), None

@@ -30,14 +30,19 @@ class Model(torch.nn.Module):
     """
 
     def __init__(self, module, end_tokens: list[int] = ()):
+        from plumbing.cache import share_heads  # late, as it imports transformers
+
         super().__init__()
         self.module = module  # transformers' own
         self.end_tokens = list(end_tokens)  # each of them ends a response
         self.shared_rows = True  # all responses in one row with their prompt; else plain rows
+        self.own_head = False  # its own forward pass gives the logits: we cannot apply its head
+        self.most_prompts = 0  # that are sampled for at once, to save memory; 0 = all
         self.mixed = False  # float32 weights, all or the adapters', that compute in bfloat16
         self.stored_dtype = module.dtype  # of the checkpoint's files
         self.config = module.config.get_text_config()
         self.context = _context(self.config)  # tokens that it can read
+        self.groups = share_heads(module)  # query heads per key head
         self.window = _known(self.config, "sliding_window")  # tokens a windowed layer looks back
         self.layer_types = _known(self.config, "layer_types")  # which are windowed, if not all
         # What some models do to their logits behind the head: Cohere, Granite, Gemma.
@@ -238,15 +243,37 @@ def load_function(name: str):
 # ── Copies and several processes ──────────────────────────────────────────────────────────────────
 
 
-def frozen_copy(model: Model) -> Model:
+def frozen_copy(model: Model, exact: bool = False) -> Model:
     """A copy that is not trained, spread over the processes. Make it before the model is spread.
 
     What training cannot change, the weights below adapters, is the model's own; but for several
-    processes, where a weight has one model to be gathered in.
+    processes, where a weight has one model to be gathered in. Of a model that computes in bfloat16
+    the copy holds matrices in bfloat16, to which each pass would cast them: its numbers are the
+    same, bit for bit. An `exact` copy keeps float32, for who moves it by small steps.
     """
     alone = not dist.is_initialized()
     shared = {id(p): p for p in model.parameters() if alone and not p.requires_grad}
-    return shard(copy.deepcopy(model, shared).requires_grad_(False))
+    cast = {} if exact or not model.mixed else _matrices_in_bfloat16(model, shared)
+    copied = copy.deepcopy(model, cast | shared).requires_grad_(False)
+    head = copied.module.get_output_embeddings()
+    if cast and id(head.weight) not in shared:  # or its weight may be the embeddings', in float32
+        head.weight = _in_bfloat16(head.weight)
+    return shard(copied)
+
+
+def _matrices_in_bfloat16(model: Model, left_out: dict) -> dict[int, torch.nn.Parameter]:
+    """Copies of the linear layers' weights, by the id of a weight; without those of `left_out` and
+    that of the embeddings, whose states are float32."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear | Conv1D)]
+    weights = {id(weight): weight for part in linear for weight in part.parameters(recurse=False)}
+    left_out = {*left_out, id(model.module.get_input_embeddings().weight)}
+    return {i: _in_bfloat16(weights[i]) for i in weights.keys() - left_out}
+
+
+def _in_bfloat16(weight: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
 
 
 def shard(model: Model) -> Model:
@@ -278,17 +305,25 @@ def _blocks(model: Model) -> torch.nn.ModuleList:
 
 @contextmanager
 def gathered(model: Model):
-    """Weights stay whole after the first pass, so that each process may go on at its own pace."""
-    parts = []
+    """The context of many passes without gradient: weights stay whole, and in the type in which
+    they are computed, after the first pass, so that each process may go on at its own pace."""
+    parts, frozen = [], []
     if dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
         parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    elif model.mixed:  # autocast keeps what it casts of weights that require a gradient only
+        frozen = [p for p in model.parameters() if not p.requires_grad]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
+    for weight in frozen:
+        weight.requires_grad_(True)
     try:
-        yield
+        with model.autocast():
+            yield
     finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()

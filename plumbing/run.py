@@ -54,10 +54,13 @@ def require(condition: bool, message: str) -> None:
 def explained(what: str):
     """Turns an error of a library into one line that begins with `what`, the flag at fault.
 
-    Libraries do not document what a bad file makes them raise, so it catches everything.
+    Libraries do not document what a bad file makes them raise, so it catches everything, but for
+    a full GPU, which is the fault of no file.
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         # Libraries have words of their own for a full disk or a bad file; the reason is behind.
         cause = error.__cause__ or error
@@ -202,10 +205,12 @@ class Run:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            # It plans anew for each shape of the inputs, and a sampled token has one of its own.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.joined = self.world > 1 and not dist.is_initialized()
+        sys.excepthook = partial(_say_known, sys.__excepthook__)
         if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint
             dist.init_process_group(timeout=timedelta(hours=1))
-            sys.excepthook = partial(_say_lost, sys.excepthook)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # one voice; errors, on stderr, are heard from all
 
@@ -531,14 +536,19 @@ def _say_thread(usual, failure) -> None:
         usual(failure)
 
 
-def _say_lost(usual, kind, error, trace) -> None:
-    """Says in a line that another process is gone; a traceback would show where this one waited."""
-    if issubclass(kind, dist.DistError) or "gloo" in str(error):  # gloo's errors have no type
-        print(
-            f"error: rank {os.environ['RANK']} lost another process; torchrun says below how it "
-            "ended; go on from the last checkpoint with --resume and the run folder "
-            f"({str(error)[:200]})",
-            file=sys.stderr,
+def _say_known(usual, kind, error, trace) -> None:
+    """Says in a line that memory is full, or another process gone; a traceback would only show
+    where that was met."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        said = (
+            "the GPU's memory is full: take a smaller --micro-batch (0 is all of "
+            "--prompts-per-step at once), --checkpointing or --lora-rank 16"
+        )
+    elif issubclass(kind, dist.DistError) or "gloo" in str(error):  # gloo's errors have no type
+        said = (
+            f"rank {os.environ.get('RANK', 0)} lost another process; torchrun says below how it "
+            "ended; go on from the last checkpoint with --resume and the run folder"
         )
     else:
-        usual(kind, error, trace)
+        return usual(kind, error, trace)
+    print(f"error: {said} ({' '.join(str(error).split())[:200]})", file=sys.stderr)

@@ -61,7 +61,11 @@ CASES = {  # name: (model type, configuration, whether it takes shared rows)
     "xglm": ("xglm", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}, True),
     # Layers with a state: it reads a row as one text, and the library keeps it from the padding.
     "lfm2": ("lfm2", SMALL | FEW | {"layer_types": ["conv", "full_attention"]}, False),
-    "falcon_h1": ("falcon_h1", SMALL | FEW | {"mamba_d_ssm": 64} | STATES, False),
+    "falcon_h1": (
+        "falcon_h1",
+        SMALL | FEW | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5} | STATES,
+        False,
+    ),
 }
 REFUSED = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2},
@@ -104,7 +108,7 @@ def test_an_architecture_gives_the_numbers_of_a_naive_loop(name, capsys):
     architecture, config, shared = CASES[name]
     model = make(architecture, **config)
     common._choose_rows("--policy", name, model)
-    assert model.shared_rows == shared
+    assert model.shared_rows == shared and model.own_head == (name == "falcon_h1")
     assert ("no shared rows" in capsys.readouterr().out) == (not shared)
     prompts = make_prompts(*PROMPTS)
     drawn = common.sample(model, prompts, 3, 6, 1.0, seed=4)

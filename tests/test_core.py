@@ -239,6 +239,42 @@ def test_bug04_bug06_responses_stop_at_every_end_token_and_at_no_prompt():
     assert again.responses == batch.responses != other.responses
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_how_many_prompts_are_sampled_for_at_once_changes_nothing(
+    architecture, shared, monkeypatch
+):
+    """The same draws as all at once, in passes of at most so many; rows may be of other widths."""
+    model, drawn, inner = make_model(architecture), [], common._sample
+    model.end_tokens, model.shared_rows = [1, 2, 3], shared
+    prompts, passes = make_prompts(*PROMPTS, [3] * 40), []
+    monkeypatch.setattr(
+        common, "_sample", lambda m, part, *x: passes.append(len(part)) or inner(m, part, *x)
+    )
+    for model.most_prompts, expected in ((0, [4]), (3, [3, 1]), (1, [1] * 4)):
+        passes.clear()
+        drawn.append(common.sample(model, prompts, 4, 16, 1.0, seed=2))
+        assert passes == expected
+    for other in drawn[1:]:
+        assert other.responses == drawn[0].responses and other.prompts == prompts
+        torch.testing.assert_close(
+            other.sampled_logprobs, drawn[0].sampled_logprobs, atol=2e-5, rtol=2e-4
+        )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_prompt_gives_the_logits_of_its_last_token_only(shared, monkeypatch):
+    """And each token its own; log-probs the logits of response tokens: on both kinds of rows."""
+    model, seen = make_model("llama"), []
+    model.shared_rows, head = shared, model.module.get_output_embeddings()
+    head.register_forward_hook(lambda part, inputs, out: seen.append(out[..., 0].numel()))
+    common.sample(model, make_prompts(*PROMPTS), 2, 2, 1.0, seed=0)
+    rows = 3 if shared else 6
+    assert seen == [rows, 6]
+    common.logprobs(model, ragged_batch(), 1.0)
+    assert seen[2:] == [sum(len(ids) for group in RESPONSES for ids in group)]
+
+
 # ── rewards ──
 def make_reward(architecture, tokenizer, policy_tokenizer, add_end=True, **more):
     """A RewardModel on random weights."""

@@ -355,11 +355,11 @@ def test_a_lost_process_is_said_in_one_line(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
     for error in (gone, torch.distributed.DistBackendError("NCCL communicator was aborted")):
-        running._say_lost(sys.excepthook, type(error), error, None)
+        running._say_known(sys.excepthook, type(error), error, None)
         said = capsys.readouterr().err
         assert said.startswith("error: rank 1 lost another process") and said.count("\n") == 1
         assert "--resume" in said
-    running._say_lost(sys.__excepthook__, ValueError, ValueError("a mistake"), None)
+    running._say_known(sys.__excepthook__, ValueError, ValueError("a mistake"), None)
     assert "ValueError: a mistake" in capsys.readouterr().err
 
 

@@ -377,24 +377,34 @@ def test_best_of_n_is_reached_where_much_probability_is_in_one_place(
     assert distance(after, exact) < 0.02 < 0.1 < distance(without, exact)
 
 
-def test_eq8_the_anchor_is_the_exact_moving_average(world, tmp_path, monkeypatch):
-    """After every optimizer step, in place, also with several updates a batch."""
-    anchors, policies, original = [], [], torch.optim.AdamW.step
+@pytest.mark.parametrize("mixed", [False, True])
+def test_eq8_the_anchor_is_the_exact_moving_average(world, tmp_path, monkeypatch, mixed):
+    """After every optimizer step, in place, also with several updates a batch; in float32, also
+    where the policy computes in bfloat16, as on a GPU."""
+    anchors, starts, policies, original = [], [], [], torch.optim.AdamW.step
+    load, copy = common.load_policy, common.frozen_copy
 
     def step(self, *x, **y):
         out = original(self, *x, **y)
         policies.append([p.detach().clone() for p in self.param_groups[0]["params"]])
         return out
 
+    def load_policy(*inputs):
+        policy = load(*inputs)
+        policy.mixed = mixed
+        return policy
+
+    def frozen_copy(*inputs):
+        anchors.append(copy(*inputs))
+        starts.append([p.clone() for p in anchors[-1].parameters()])
+        return anchors[-1]
+
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    copied = common.frozen_copy
-    monkeypatch.setattr(
-        common, "frozen_copy", lambda model: anchors.append(copied(model)) or anchors[-1]
-    )
+    monkeypatch.setattr(common, "load_policy", load_policy)
+    monkeypatch.setattr(common, "frozen_copy", frozen_copy)
     train(bond, world, tmp_path / "run", steps=3, updates_per_sample=2, eta=0.3, warmup_steps=0)
-    ref, anchor = anchors[:2]
     assert len(policies) == 6
-    for i, (start, now) in enumerate(zip(ref.parameters(), anchor.parameters())):
+    for i, (start, now) in enumerate(zip(starts[1], anchors[1].parameters(), strict=True)):
         expected = start.clone()
         for policy in policies:
             expected = 0.7 * expected + 0.3 * policy[i]
