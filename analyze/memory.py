@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import CHUNK, MOST_LOGITS
+from common import DRAWN, GPU_CHUNK, MOST_LOGITS
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 GB = 1e9  # as in the names of cards; a card of 80 GB has a little more
@@ -93,7 +93,8 @@ class Setup:
     weight: int = 4  # bytes of a weight: 4 under --dtype mixed, 2 of a base under bfloat16
     rank: int = 0  # --lora-rank
     checkpointing: bool = False
-    frozen: int = 2  # bytes of a number of frozen copies and of the cache: bfloat16 on a GPU
+    frozen: int = 2  # bytes of a number that is not trained, as of the cache; on a CPU 4
+    chunk: int = GPU_CHUNK  # logits at once
     reward_models: int = 1  # as large as the policy, in bfloat16; 0 for a Python function
 
     @property
@@ -117,6 +118,18 @@ ON_ONE_CARD = [Setup(), Setup(checkpointing=True), Setup(1, 2, 16), Setup(1, 2, 
 LONG = Batch(prompts=16, samples=8, prompt_tokens=512, response_tokens=512)
 
 
+def copied(model: Llama, setup: Setup) -> int:
+    """Bytes of a frozen copy: matrices in bfloat16, embeddings and norms as they are.
+
+    A tied head, in bfloat16, is no longer the embeddings' weight.
+    """
+    matrices = model.layers * model.block + model.vocab * model.hidden
+    if setup.frozen == setup.weight:
+        return setup.weight * model.parameters
+    rest = model.vocab * model.hidden + (2 * model.layers + 1) * model.hidden
+    return setup.frozen * matrices + setup.weight * rest
+
+
 def kept(model: Llama, setup: Setup, copies: int = 2) -> dict[str, float]:
     """Bytes per GPU of what stays for the whole run.
 
@@ -126,12 +139,13 @@ def kept(model: Llama, setup: Setup, copies: int = 2) -> dict[str, float]:
     base = setup.weight * model.parameters / setup.gpus
     adapters = 4 * model.adapters(setup.rank) / setup.gpus
     shared = setup.rank > 0 and setup.gpus == 1
-    copied = 0 if shared else setup.frozen * model.parameters / setup.gpus
+    copy = 0 if shared else copied(model, setup) / setup.gpus
+    copy += setup.frozen * model.adapters(setup.rank) / setup.gpus
     return {
         "weights": base + adapters,
         "moments": 2 * adapters if setup.rank else 2 * base,
-        "reference": copied + adapters,
-        "proposal or anchor": (copies - 1) * (copied + adapters),
+        "reference": copy,
+        "proposal or anchor": (copies - 1) * copy,
         "reward model": 2 * setup.reward_models * model.parameters / setup.gpus,
     }
 
@@ -139,10 +153,12 @@ def kept(model: Llama, setup: Setup, copies: int = 2) -> dict[str, float]:
 def sampling(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
     """Bytes per GPU while it samples.
 
-    They are a whole frozen copy, which one process need not make, and the cache of keys and values.
+    They are a whole frozen copy, which one process need not make, and the cache of keys and values
+    of the prompts that are sampled for at once.
     """
-    whole = setup.frozen * model.parameters + 4 * model.adapters(setup.rank)
-    numbers = model.layers * 2 * model.kv_heads * model.head_dim * batch.prompts * batch.slots
+    whole = copied(model, setup) + setup.frozen * model.adapters(setup.rank)
+    prompts = min(batch.prompts, DRAWN * batch.micro_batch)
+    numbers = model.layers * 2 * model.kv_heads * model.head_dim * prompts * batch.slots
     return {"gathered copy": whole * (setup.gpus > 1), "cache": setup.frozen * numbers}
 
 
@@ -177,9 +193,9 @@ def update(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
     gathered = 2 * model.root + 3 * model.block
     if setup.rank:
         gathered = model.root + 2 * model.block
-    copied = 1 if setup.rank and setup.checkpointing else model.layers
+    cast = 1 if setup.rank and setup.checkpointing else model.layers
     tokens = batch.micro_batch * batch.samples * batch.response_tokens
-    logits, chunk = tokens * model.vocab, max(256 * model.vocab, CHUNK)
+    logits, chunk = tokens * model.vocab, max(256 * model.vocab, setup.chunk)
     kept = logits <= MOST_LOGITS
     chunks = -(-logits // chunk) if kept else 1
     mixed = setup.weight == 4
@@ -188,7 +204,7 @@ def update(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
     return {
         "gradients": 4 * (adapters if setup.rank else model.parameters) / setup.gpus,
         "gathered blocks": setup.weight * gathered * (setup.gpus > 1),
-        "autocast's copies": 2 * copied * model.block * mixed + 2 * adapters,
+        "autocast's copies": 2 * cast * model.block * mixed + 2 * adapters,
         "activations": activations(model, batch.micro_batch * batch.slots, setup),
         "head": 2 * head * chunks * mixed,
         "logits": max(5 * 4 * here, backward) + 4 * (logits - here) * kept,

@@ -24,12 +24,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Of a decoding pass of brain.py's default, in mixed, with keys and values of its own for each head.
-KERNELS_PER_LAYER = 60
-KERNELS_OUTSIDE = 70  # of the layers: masks, embeddings, head, the draw
-WEIGHT_CASTS_PER_LAYER = 7  # each matrix of a block, in each pass
-WEIGHT_CASTS_OUTSIDE = 1  # the head
-WAITS = 0.2
-FRESH_SHAPES = 1.0  # that attention has not met: each pass is longer than the last
+KERNELS_PER_LAYER = 42
+KERNELS_OUTSIDE = 38  # of the layers: masks, embeddings, head, the draw
+WEIGHT_CASTS = 0  # or copies of weights
+WAITS = 0.14  # of the host, which asks at every eighth token how many responses have ended
+FRESH_SHAPES = 0  # for which attention would build a plan
 
 SHORT = {
     "steps": 2,
@@ -179,8 +178,8 @@ def test_a_short_run_and_what_its_decoding_costs(tmp_path):
     assert passes > SHORT["max_response_tokens"] and layers["entered"] == 2 * passes
     assert layers["kernels"] / layers["entered"] <= KERNELS_PER_LAYER
     assert outside["kernels"] / passes <= KERNELS_OUTSIDE
-    assert of_a_weight(layers["ops"]) / layers["entered"] <= WEIGHT_CASTS_PER_LAYER
-    assert of_a_weight(outside["ops"]) / passes <= WEIGHT_CASTS_OUTSIDE
+    casts = of_a_weight(layers["ops"]) + of_a_weight(outside["ops"])
+    assert casts / passes <= WEIGHT_CASTS
     waits = sum(count for phase, *_, count in counts["waits"] if phase.startswith("sample > token"))
     assert waits / passes <= WAITS
     fresh = layers["ops"].get(pretend_gpu.PLAN, [0])[0]
@@ -188,9 +187,7 @@ def test_a_short_run_and_what_its_decoding_costs(tmp_path):
     say = {
         "kernels per pass and layer": layers["kernels"] / layers["entered"],
         "kernels per pass outside of layers": outside["kernels"] / passes,
-        "casts and copies of weights per pass and layer": of_a_weight(layers["ops"])
-        / layers["entered"],
-        "the same, outside": of_a_weight(outside["ops"]) / passes,
+        "casts and copies of weights per pass": casts / passes,
         "waits per pass": waits / passes,
         "fresh shapes per pass": fresh / passes,
     }
