@@ -129,15 +129,15 @@ def backward_peak(spec, setup, batch: memory.Batch) -> int:
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(
-    "vocab, response",
-    [(30_000, 40), (30_000, 160), (200, 60)],
-    ids=["all logits kept", "logits computed again", "blocks"],
+    "hidden, vocab, response",
+    [(64, 30_000, 40), (64, 30_000, 160), (64, 200, 60), (256, 200, 8)],
+    ids=["all logits kept", "logits computed again", "activations", "gradients"],
 )
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_what_a_backward_pass_adds(rank, vocab, response, micro_batch):
-    """The formula is right to 15 % where the head decides, and where the blocks do; with gradients
-    of an earlier pass and without."""
-    spec = memory.Llama(6, 64, 128, 4, 2, 16, vocab, tied=True)
+def test_what_a_backward_pass_adds(rank, hidden, vocab, response, micro_batch):
+    """The formula is right to 15 %, whatever decides; with gradients of an earlier pass and
+    without."""
+    spec = memory.Llama(12, hidden, 2 * hidden, 4, 2, hidden // 4, vocab, tied=True)
     setup = memory.Setup(rank=rank, chunk=common.CHUNK)
     batch = memory.Batch(2, 4, 30, response, micro_batch)
     measured, formula = backward_peak(spec, setup, batch), memory.at_once(spec, batch, setup)
@@ -153,6 +153,18 @@ def test_adapters(rank):
     ours = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert ours == spec.adapters(rank)
     assert sum(weight.numel() for weight in model.parameters()) == spec.parameters + ours
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_frozen_copy(tied, mixed):
+    """Its bytes, exactly, of a model that computes in bfloat16 and of one that does not."""
+    spec = memory.Llama(3, 64, 128, 4, 2, 16, 40, tied)
+    model = build(spec)
+    model.mixed = mixed
+    copy = models.frozen_copy(model)
+    setup = memory.Setup(frozen=2 if mixed else 4)
+    assert sum(weight.nbytes for weight in copy.parameters()) == memory.copied(spec, setup)
 
 
 def test_cache(monkeypatch):
