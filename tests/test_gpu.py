@@ -101,15 +101,15 @@ PLANTS = {
     ),
     "a mask of the wrong type": (
         "common.py",
-        "dtype = model.compute_dtype\n",
-        "dtype = torch.float32\n",
+        "dtype=model.compute_dtype, device=visible.device",
+        "dtype=torch.float32, device=visible.device",
         "no shared rows (RuntimeError Expected attn_mask dtype",
     ),
     "autocast of another device": (
         "plumbing/models.py",
         "torch.autocast(self.device.type,",
         'torch.autocast("cpu",',
-        "no shared rows (RuntimeError Expected attn_mask dtype",
+        "to have the same dtype",
     ),
 }
 
