@@ -97,7 +97,7 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
     def width(value: int):
         return patch.object(common, "_row_width", lambda *_: value)
 
-    copying = patch.object(plumbing.cache, "GrowingLayer", lambda *_: DynamicLayer())
+    copying = patch.object(plumbing.cache, "GrowingLayer", lambda slots: DynamicLayer())
     unturned = patch.object(plumbing.models, "FEW_ROWS", 0)
     staying = patch.object(common, "MOST_ENDED", 2)
     whole = patch.object(common, "CHUNK", 2**40)

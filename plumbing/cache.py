@@ -1,6 +1,5 @@
 """The sampler's keys and values: a cache that copies nothing, and attention that copies nothing."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -10,7 +9,7 @@ from transformers.masking_utils import sdpa_mask
 
 
 class GrowingLayer(StaticLayer):
-    """A layer's keys and values in memory that is taken once, in the type in which they are read.
+    """A layer's keys and values in memory that is taken once.
 
     Attention sees the filled slots as a view. transformers' dynamic cache copies everything at
     each token; its static cache lets attention read slots that are not filled yet.
@@ -18,14 +17,11 @@ class GrowingLayer(StaticLayer):
 
     filled = 0
 
-    def __init__(self, slots: int, kept: torch.dtype):
-        super().__init__(slots)
-        self.kept = kept
-
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Adds keys and values [R, heads, Q, size]; returns those of all filled slots."""
-        if not self.is_initialized:  # rotary embeddings give keys in float32, whatever is computed
-            self.lazy_initialization(keys.to(self.kept), values.to(self.kept))
+        if not self.is_initialized:
+            # Rotary embeddings give keys in float32, also where attention then reads bfloat16.
+            self.lazy_initialization(keys.to(values.dtype), values)
         end = self.filled + keys.shape[2]
         self.keys[:, :, self.filled : end] = keys
         self.values[:, :, self.filled : end] = values
@@ -40,7 +36,7 @@ class GrowingLayer(StaticLayer):
 def make_cache(model, slots: int) -> Cache:
     """A cache for rows of at most `slots` tokens; on plain rows the one that the model asks for."""
     if model.shared_rows:
-        return Cache(layer_class_to_replicate=lambda: GrowingLayer(slots, model.compute_dtype))
+        return Cache(layer_class_to_replicate=lambda: GrowingLayer(slots))
     return DynamicCache(config=model.module.config)
 
 

@@ -447,7 +447,7 @@ MUTANTS = [
         PERFORMANCE,
         "growing",
     ),
-    ("plumbing/cache.py", "keys.to(self.kept), values", "keys, values", BFLOAT16, "moves_weights"),
+    ("plumbing/cache.py", "keys.to(values.dtype), values", "keys, values", BFLOAT16, "moves"),
     ("plumbing/cache.py", "key.shape[1], -1, size)", "-1, key.shape[1], size)", CORE, "bug08"),
     ("plumbing/cache.py", "    if groups == 1 or", "    if True or", BFLOAT16, "moves_weights"),
     ("common.py", "position[:, asking].repeat(1, groups)", "position[:, asking]", CORE, "bug08"),

@@ -117,7 +117,7 @@ def test_rows_are_as_wide_as_the_rule_says():
 
 def test_the_growing_cache_holds_what_a_static_one_holds_and_copies_nothing():
     torch.manual_seed(0)
-    growing = Cache(layer_class_to_replicate=lambda: GrowingLayer(9, torch.float32))
+    growing = Cache(layer_class_to_replicate=lambda: GrowingLayer(9))
     static = Cache(layer_class_to_replicate=lambda: StaticLayer(9))
     places = set()
     for size, filled in ((4, 4), (2, 6), (2, 8)):
