@@ -887,6 +887,7 @@ class Trial:
             return
         for name in ("plumbing", "tests", "docs", "prepare", "analyze", "benchmarks"):
             shutil.copytree(ROOT / name, Path(self.folder.name, name))
+        Path(self.folder.name, "assets").symlink_to(ROOT / "assets")
         for name in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
             shutil.copy(name, self.folder.name)
         Path(self.folder.name, file).write_text(source.replace(old, new))
