@@ -19,7 +19,7 @@ import tyro
 import common
 import dpo
 from benchmarks import side_by_side
-from benchmarks.side_by_side import VOCABULARY, make_module, make_policy, make_tokenizer
+from benchmarks.side_by_side import DEVICE, VOCABULARY, make_module, make_policy, make_tokenizer
 from benchmarks.where import add
 
 PAIRS, BETA = 4, 0.1
@@ -46,14 +46,14 @@ def make_rows(prompt: int, response: int) -> tuple[list[list[int]], list[list[li
     return prompts, pairs
 
 
-def our_step(prompt: int, response: int):
+def our_step(prompt: int, response: int, **model):
     """A function that takes one step of dpo.py's and returns its loss."""
-    policy = make_policy()
+    policy = make_policy(**model)
     ref, args = common.frozen_copy(policy), dpo.Args(beta=BETA)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
     prompts, responses = make_rows(prompt, response)
     batch = common.Batch([common.Prompt("", ids) for ids in prompts], responses)
-    tied = torch.zeros(PAIRS, dtype=torch.bool)
+    tied = torch.zeros(PAIRS, dtype=torch.bool, device=DEVICE)
 
     def step() -> float:
         ref_logprobs = common.logprobs(ref, batch, 1.0)
@@ -68,7 +68,7 @@ def our_step(prompt: int, response: int):
     return step
 
 
-def trl_step(prompt: int, response: int):
+def trl_step(prompt: int, response: int, **model):
     """A function that takes one step of TRL's and returns its loss."""
     import trl
 
@@ -84,23 +84,25 @@ def trl_step(prompt: int, response: int):
         per_device_train_batch_size=PAIRS,
         beta=BETA,
         report_to=[],
-        use_cpu=True,
-        bf16=False,
+        use_cpu=DEVICE.type == "cpu",
+        bf16=DEVICE.type == "cuda",
         max_length=None,
         gradient_checkpointing=False,
     )
     trainer = trl.DPOTrainer(
-        make_module(),
-        ref_model=make_module(),
+        make_module(**model),
+        ref_model=make_module(**model),
         args=config,
         train_dataset=datasets.Dataset.from_dict(dummy),
         processing_class=make_tokenizer(),
     )
     batch = trainer.data_collator([dict(zip(rows, values)) for values in zip(*rows.values())])
+    batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
     optimizer = torch.optim.AdamW(trainer.model.parameters(), 1e-6, fused=True)
 
     def step() -> float:
-        loss = trainer.compute_loss(trainer.model, batch)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         optimizer.step()

@@ -25,15 +25,17 @@ import transformers
 import tyro
 
 import common
+from analyze.memory import Batch, Llama
 from benchmarks.where import add
 from plumbing.models import Model, turn_products
 
-SIZES = {  # layers, width, inner width, heads, key-value heads, vocabulary
-    "small": (6, 256, 688, 4, 4, 8_000),
-    "medium": (8, 768, 2_048, 12, 4, 32_000),
-    "1b": (16, 2_048, 8_192, 32, 8, 128_256),
-    "8b": (32, 4_096, 14_336, 32, 8, 128_256),
+SIZES = {
+    "small": Llama(6, 256, 688, 4, 4, 64, 8_000),
+    "medium": Llama(8, 768, 2_048, 12, 4, 64, 32_000),
+    "1b": Llama(16, 2_048, 8_192, 32, 8, 64, 128_256),
+    "8b": Llama(32, 4_096, 14_336, 32, 8, 128, 128_256),
 }
+LARGE, SMALL = (8192, 2**30), (2048, 2**27)  # what is multiplied and copied, on a GPU and a CPU
 
 
 @dataclass
@@ -64,12 +66,12 @@ def seconds(run: Callable, repeats: int, device: torch.device) -> float:
     return statistics.median(times[1:])
 
 
-def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(operations, bytes) per second of the device."""
-    side = 8192 if device.type == "cuda" else 2048
+def limits(device: torch.device, dtype: torch.dtype, side: int, size: int) -> tuple[float, float]:
+    """(operations, bytes) per second of the device, by the product of two square matrices with so
+    many rows and a copy of so many bytes."""
     left = torch.randn(side, side, device=device, dtype=dtype)
     right = torch.randn_like(left)
-    big = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    big = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(big)
     return (
         2 * side**3 / seconds(lambda: left @ right, 9, device),
@@ -77,21 +79,29 @@ def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     )
 
 
-def make_policy(args: Args, device: torch.device, dtype: torch.dtype) -> Model:
-    """A Llama with random weights, none of whose responses ends early."""
-    layers, width, inner, heads, kv_heads, vocabulary = SIZES[args.size]
-    config = transformers.LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=inner,
-        vocab_size=vocabulary,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        eos_token_id=vocabulary - 1,
+def config_of(model: Llama, **more) -> transformers.LlamaConfig:
+    """The configuration that transformers reads."""
+    return transformers.LlamaConfig(
+        num_hidden_layers=model.layers,
+        hidden_size=model.hidden,
+        intermediate_size=model.inner,
+        vocab_size=model.vocab,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        tie_word_embeddings=model.tied,
         bos_token_id=None,
         pad_token_id=0,
-        tie_word_embeddings=False,
-        max_position_embeddings=args.prompt + args.response + 1,
+        **more,
+    )
+
+
+def make_policy(args: Args, device: torch.device, dtype: torch.dtype) -> Model:
+    """A Llama with random weights, none of whose responses ends early."""
+    vocabulary = SIZES[args.size].vocab
+    longest = args.prompt + args.response + 1
+    config = config_of(
+        SIZES[args.size], eos_token_id=vocabulary - 1, max_position_embeddings=longest
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -101,23 +111,25 @@ def make_policy(args: Args, device: torch.device, dtype: torch.dtype) -> Model:
     return Model(module, end_tokens=[vocabulary])
 
 
-def operations(args: Args, body: int, prompt_copies: int) -> float:
-    """Of an update; a prompt counts so many times. `body`: weights of the blocks."""
-    layers, width, *_, vocabulary = SIZES[args.size]
-    length, t, n = args.prompt, args.response, args.samples
+def operations(model: Llama, batch: Batch, prompt_copies: int = 1) -> float:
+    """Of a forward pass; a prompt counts so many times. A backward pass has twice as many."""
+    length, t, n = batch.prompt_tokens, batch.response_tokens, batch.samples
     own = t * length + t * (t + 1) / 2  # pairs of slots of one response
     slots = prompt_copies * length + n * (t - 1)
     pairs = prompt_copies * length * (length + 1) / 2 + n * own
-    head = n * t * 2 * width * vocabulary
-    return 3 * args.prompts * (2 * body * slots + 4 * width * layers * pairs + head)
+    body = 2 * model.layers * model.block * slots
+    attention = 4 * model.heads * model.head_dim * model.layers * pairs
+    head = n * t * 2 * model.hidden * model.vocab
+    return batch.prompts * (body + attention + head)
 
 
-def bytes_read(args: Args, weights: int, itemsize: int) -> float:
-    """By a step of sampling, on average: `weights` once, and keys and values of each row."""
-    layers, width, _, heads, kv_heads, _ = SIZES[args.size]
-    slot = 2 * layers * kv_heads * (width // heads) * itemsize
-    slots = args.prompt + args.samples * (args.response + 1) / 2
-    return weights * itemsize + args.prompts * slot * slots
+def bytes_read(model: Llama, batch: Batch, itemsize: int) -> float:
+    """By a step of sampling, on average: all weights but the embeddings once, and keys and values
+    of each row."""
+    slot = 2 * model.layers * model.kv_heads * model.head_dim
+    slots = batch.prompt_tokens + batch.samples * (batch.response_tokens + 1) / 2
+    weights = model.layers * model.block + model.vocab * model.hidden
+    return (weights + batch.prompts * slot * slots) * itemsize
 
 
 def main(args: Args) -> None:
@@ -125,7 +137,8 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = make_policy(args, device, dtype)
-    peak_operations, peak_bytes = limits(device, dtype)
+    sizes = LARGE if device.type == "cuda" else SMALL
+    peak_operations, peak_bytes = limits(device, dtype, *sizes)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
     shape = (args.prompts, args.prompt)
     draw = torch.Generator().manual_seed(1)
@@ -146,11 +159,11 @@ def main(args: Args) -> None:
     update_s = seconds(update, args.repeats, device)
     sample_s = seconds(sample, args.repeats, device)
     weights = sum(weight.numel() for weight in model.parameters())
-    embeddings = model.module.get_input_embeddings().weight.numel()  # the head has as many
-    body = weights - 2 * embeddings
-    once, n_times = operations(args, body, 1), operations(args, body, args.samples)
+    spec = SIZES[args.size]
+    shape = Batch(args.prompts, args.samples, args.prompt, args.response)
+    once, n_times = 3 * operations(spec, shape), 3 * operations(spec, shape, args.samples)
     tokens = args.prompts * args.samples * args.response
-    read = args.response * bytes_read(args, weights - embeddings, dtype.itemsize)
+    read = args.response * bytes_read(spec, shape, dtype.itemsize)
     found = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),

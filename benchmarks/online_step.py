@@ -14,7 +14,6 @@ benchmarks/results/online_step.jsonl.
 import os
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -27,7 +26,15 @@ import tyro
 import brain
 import common
 from benchmarks import side_by_side
-from benchmarks.side_by_side import as_text, make_module, make_policy, make_prompts, make_tokenizer
+from benchmarks.side_by_side import (
+    DEVICE,
+    as_text,
+    clock,
+    make_module,
+    make_policy,
+    make_prompts,
+    make_tokenizer,
+)
 from benchmarks.where import add
 
 PROMPTS, BETA = 2, 0.1
@@ -65,14 +72,14 @@ def our_step(prompt: int, response: int, n: int, count: int = PROMPTS, **shape):
     seeds = iter(range(10**6))
 
     def step() -> dict[str, float]:
-        clock = [time.perf_counter()]
+        times = [clock()]
         batch = common.sample(proposal, prompts, n, response, 1.0, next(seeds))
-        clock.append(time.perf_counter())
+        times.append(clock())
         rewards = common.score(reward_model, batch)
-        clock.append(time.perf_counter())
+        times.append(clock())
         ref_logprobs = common.logprobs(ref, batch, 1.0)
         proposal_logprobs = common.logprobs(proposal, batch, 1.0)
-        clock.append(time.perf_counter())
+        times.append(clock())
         target_weights = brain.posterior_weights(ref_logprobs, rewards, proposal_logprobs, BETA)
         logprobs, _ = common.logprobs_and_entropy(policy, batch, 1.0)
         loss = brain.brain_loss(logprobs, proposal_logprobs, target_weights).mean()
@@ -80,24 +87,24 @@ def our_step(prompt: int, response: int, n: int, count: int = PROMPTS, **shape):
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        clock.append(time.perf_counter())
-        return {phase: end - begin for phase, begin, end in zip(PHASES, clock, clock[1:])}
+        times.append(clock())
+        return {phase: end - begin for phase, begin, end in zip(PHASES, times, times[1:])}
 
     return step
 
 
-def make_trainer(peer: str, prompt: int, response: int, steps: int):
+def make_trainer(peer: str, prompt: int, response: int, steps: int, **model):
     """TRL's trainer on the same models and as many prompts as `steps` need."""
     tokenizer, n = make_tokenizer(), SAMPLES[peer]
     texts = [as_text(item) for item in make_prompts(prompt, PROMPTS)] * steps
     folder = tempfile.mkdtemp()
-    make_module().save_pretrained(folder)  # GRPOTrainer loads its reference by name
+    make_module(**model).save_pretrained(folder)  # GRPOTrainer loads its reference by name
     policy = transformers.LlamaForCausalLM.from_pretrained(folder)
     settings = dict(
         output_dir=folder,
         report_to=[],
-        use_cpu=True,
-        bf16=False,
+        use_cpu=DEVICE.type == "cpu",
+        bf16=DEVICE.type == "cuda",
         beta=BETA,
         gradient_checkpointing=False,
         learning_rate=1e-6,
@@ -111,7 +118,7 @@ def make_trainer(peer: str, prompt: int, response: int, steps: int):
     )
     models = dict(
         model=policy,
-        reward_funcs=[make_module(transformers.LlamaForSequenceClassification)],
+        reward_funcs=[make_module(transformers.LlamaForSequenceClassification, **model)],
         reward_processing_classes=[tokenizer],
         processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
@@ -136,7 +143,7 @@ def make_trainer(peer: str, prompt: int, response: int, steps: int):
         max_length=prompt + response,
         **settings,
     )
-    return OnlineDPOTrainer(**models, ref_model=make_module(), args=config)
+    return OnlineDPOTrainer(**models, ref_model=make_module(**model), args=config)
 
 
 class Turns(transformers.TrainerCallback):
@@ -152,10 +159,10 @@ class Turns(transformers.TrainerCallback):
             inner = getattr(owner, name)
 
             def outer(*args, **kwargs):
-                begin = time.perf_counter()
+                begin = clock()
                 result = inner(*args, **kwargs)
                 if phase != "log-probs" or not torch.is_grad_enabled():
-                    self.spent[phase] += time.perf_counter() - begin
+                    self.spent[phase] += clock() - begin
                 return result
 
             setattr(owner, name, outer)
@@ -167,16 +174,28 @@ class Turns(transformers.TrainerCallback):
 
     def on_step_begin(self, *args, **kwargs):
         """Starts the clock."""
-        self.begin, self.spent = time.perf_counter(), dict.fromkeys(PHASES, 0.0)
+        self.begin, self.spent = clock(), dict.fromkeys(PHASES, 0.0)
 
     def on_step_end(self, *args, **kwargs):
         """Stops it, and takes our turn."""
-        end = time.perf_counter()
+        end = clock()
         self.times["trl"].append(end - self.begin)
         self.spent["update"] = end - self.begin - sum(self.spent.values())
         self.phases["trl"].append(self.spent)
         self.phases["ours"].append(self.step())
-        self.times["ours"].append(time.perf_counter() - end)
+        self.times["ours"].append(clock() - end)
+
+
+def take_turns(peer: str, prompt: int, response: int, repeats: int, **model) -> Turns:
+    """The times of both sides on one shape, after one turn that does not count."""
+    turns = Turns(our_step(prompt, response, SAMPLES[peer], **model))
+    trainer = make_trainer(peer, prompt, response, repeats + 1, **model)
+    turns.watch(trainer)
+    trainer.add_callback(turns)
+    trainer.train()
+    for counted in (*turns.times.values(), *turns.phases.values()):
+        del counted[0]
+    return turns
 
 
 def make_side(side: str, peer: str, shape: tuple[int, int]):
@@ -196,24 +215,20 @@ def main(args: Args) -> None:
         return
     n = SAMPLES[args.peer]
     for shape in args.shapes:
-        turns = Turns(our_step(*shape, n))
-        trainer = make_trainer(args.peer, *shape, steps=args.repeats + 1)
-        turns.watch(trainer)
-        trainer.add_callback(turns)
-        trainer.train()
-        times = {name: values[1:] for name, values in turns.times.items()}
+        turns = take_turns(args.peer, *shape, args.repeats)
         phases = {
-            f"{name}_{phase}_s": round(statistics.median(x[phase] for x in steps[1:]), 3)
+            f"{name}_{phase}_s": round(statistics.median(x[phase] for x in steps), 3)
             for name, steps in turns.phases.items()
             for phase in PHASES
         }
         module = "benchmarks.online_step"
         memory = {
-            name: side_by_side.memory_of(module, f"{name} {args.peer}", shape) for name in times
+            name: side_by_side.memory_of(module, f"{name} {args.peer}", shape)
+            for name in turns.times
         }
         line = {"peer": args.peer, "prompt": shape[0], "response": shape[1]}
         line |= {"prompts": PROMPTS, "samples": n}
-        add("online_step", line | side_by_side.summary(times, memory, "trl") | phases)
+        add("online_step", line | side_by_side.summary(turns.times, memory, "trl") | phases)
 
 
 if __name__ == "__main__":

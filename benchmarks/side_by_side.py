@@ -17,6 +17,7 @@ from plumbing.data import Layout
 from plumbing.models import Model, turn_products
 
 VOCABULARY = 8_000
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_module(
@@ -43,21 +44,27 @@ def make_module(
 
 
 def make_policy(**shape) -> Model:
-    """The same as `common.load_policy` makes it ready."""
-    module = make_module(**shape)
-    turn_products(module)
-    return Model(module, end_tokens=[1])
+    """The same as `common.load_policy` makes it ready: in `mixed` on a GPU."""
+    module = make_module(**shape).to(DEVICE)
+    if DEVICE.type == "cpu":
+        turn_products(module)
+    policy = Model(module, end_tokens=[1])
+    policy.mixed = DEVICE.type == "cuda"
+    return policy
 
 
 def make_reward_model(tokenizer, **shape) -> common.RewardModel:
     """A classifier of the same shape, as `common.load_reward_model` makes it ready."""
-    module = make_module(transformers.LlamaForSequenceClassification, **shape)
-    turn_products(module)
+    module = make_module(transformers.LlamaForSequenceClassification, **shape).to(DEVICE)
+    if DEVICE.type == "cpu":
+        turn_products(module)
+    else:
+        module.to(torch.bfloat16).score.float()
     module.requires_grad_(False)
     return common.RewardModel(
         tokenizer,
         [1],
-        torch.device("cpu"),
+        DEVICE,
         model=Model(module),
         layout=Layout(tokenizer),
         add_end=False,
@@ -115,15 +122,22 @@ def memory_of(module: str, side: str, shape: tuple[int, ...]) -> float:
     return float(done.stdout.split()[-1])
 
 
+def clock() -> float:
+    """Seconds, read after the device has done all it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def take_turns(sides: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
     """Seconds of each side's steps, in turns, after one turn that does not count."""
     times = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, step in sides.items():
-            begin = time.perf_counter()
+            begin = clock()
             step()
             if turn:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
     return times
 
 

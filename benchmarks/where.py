@@ -25,9 +25,9 @@ def about() -> dict[str, str | int]:
     }
 
 
-def add(name: str, line: dict) -> None:
-    """Prints a line of results and adds it, and where it came from, to results/<name>.jsonl."""
+def add(name: str, line: dict, results: Path = RESULTS) -> None:
+    """Prints a line, and where it came from, and adds it to `<name>.jsonl` in `results`."""
     text = json.dumps(line | about())
     print(text, flush=True)
-    with open(RESULTS / f"{name}.jsonl", "a") as file:
+    with open(results / f"{name}.jsonl", "a") as file:
         file.write(text + "\n")

@@ -49,6 +49,7 @@ BAD, FAULTS, DATA, RESUMED = (
     path_of("data"),
     path_of("resume"),
 )
+GPU, MEMORY = path_of("gpu"), path_of("memory")
 REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
 BFLOAT16 = path_of("bfloat16")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
@@ -395,6 +396,7 @@ MUTANTS = [
         "rows_that_have_ended",
     ),
     ("common.py", "token_logprobs * running[left]", "token_logprobs", CORE, "bug08"),
+    ("common.py", 'if device.type == "cpu" or t % 8 == 7:', "if True:", GPU, "short_run"),
     ("common.py", "longest + (t + 1) * width", "longest + width", CORE, "bug08 and llama"),
     (
         "common.py",
@@ -839,6 +841,14 @@ MUTANTS = [
         TRAINING,
         "export_makes",
     ),
+    # what a GPU holds, and what it is asked
+    ("analyze/memory.py", "if batch.passes > 1:", "if False:", MEMORY, "adds"),
+    ("analyze/memory.py", "if batch.passes > 1:", "if True:", MEMORY, "adds"),
+    ("analyze/memory.py", "max(5 * 4 * here, backward)", "3 * 4 * here", MEMORY, "adds"),
+    ("analyze/memory.py", "4 * (logits - here) * kept", "0", MEMORY, "adds"),
+    ("analyze/memory.py", "setup.frozen * matrices", "setup.weight * matrices", MEMORY, "frozen"),
+    ("analyze/memory.py", "setup.weight * rest", "setup.frozen * rest", MEMORY, "frozen"),
+    ("analyze/memory.py", "(1 - FREE) * size", "(1 + FREE) * size", MEMORY, "tables"),
     ("prepare/real.py", "require(found == sha256,", "require(True,", REAL, "another_file"),
     ("prepare/real.py", "GEMMA * args.accept_gemma_terms", "GEMMA", REAL, "gemma_only"),
     ("prepare/real.py", '.with_name(folder.name + ".new")', "", REAL, "whole_or_not"),
@@ -878,6 +888,7 @@ class Trial:
             return
         for name in ("plumbing", "tests", "docs", "prepare", "analyze", "benchmarks"):
             shutil.copytree(ROOT / name, Path(self.folder.name, name))
+        Path(self.folder.name, "assets").symlink_to(ROOT / "assets")
         for name in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
             shutil.copy(name, self.folder.name)
         Path(self.folder.name, file).write_text(source.replace(old, new))

@@ -168,7 +168,7 @@ def test_bytes_are_those_of_the_formula(both):
     """analyze/memory.py on 2 GPUs; 19 rows of the vocabulary cannot be halved, hence the 1 %."""
     model = memory.Llama(2, 32, 48, 4, 2, 8, 19)
     batch = memory.Batch()
-    setup = memory.Setup(gpus=2)
+    setup = memory.Setup(gpus=2, frozen=4)
     expected = memory.kept(model, setup) | memory.sampling(model, batch, setup)
     expected |= memory.update(model, batch, setup)
     for seen in both:
