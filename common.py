@@ -298,7 +298,7 @@ def token_logprobs_and_entropy(
 
     The end token counts once, nothing after it counts: the sum over the tokens is the response's.
     """
-    return model(_token_logprobs_and_entropy, batch, temperature)
+    return model(_read_tokens, batch, temperature)
 
 
 def logprobs_and_entropy(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -307,9 +307,7 @@ def logprobs_and_entropy(model: Model, batch: Batch, temperature: float) -> tupl
     return logprobs.sum(2), entropy.sum(2)
 
 
-def _token_logprobs_and_entropy(
-    model: Model, batch: Batch, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _read_tokens(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     rows = _pack(model, batch)
     states = _states(model, rows.tokens, rows.segment, rows.position)  # [R, S, D]
     states = states[rows.before]  # [tokens, D]
@@ -636,8 +634,7 @@ def load_policy(run: Run, tokenizer) -> Model:
 
 def load_value_model(run: Run, policy: Model, tokenizer, name: str) -> Model:
     """The classifier `name`, to be trained, or the policy's own body with a head of zeros."""
-    value = load_critic(run.args, tokenizer, name, run.device)
-    value.shared_rows = policy.shared_rows
+    value = load_critic(run.args, policy, tokenizer, name)
     if name:
         _choose_rows("--value-model", name, value)
     value.mixed = policy.mixed

@@ -230,7 +230,7 @@ def load_classifier(args, device: torch.device) -> Model:
     return model
 
 
-def load_critic(args, tokenizer, name: str, device: torch.device) -> Model:
+def load_critic(args, policy: Model, tokenizer, name: str) -> Model:
     """A classifier to be trained, which reads the policy's tokens: that of --value-model `name`, or
     the body of --policy with a head of zeros."""
     from transformers import AutoModelForSequenceClassification
@@ -243,8 +243,9 @@ def load_critic(args, tokenizer, name: str, device: torch.device) -> Model:
         require(same, f"{flag} {name}: its tokens are not those of --policy {args.policy}")
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     auto_class = AutoModelForSequenceClassification
-    module = _load_module(flag, name or args.policy, auto_class, dtype, device, not name)
+    module = _load_module(flag, name or args.policy, auto_class, dtype, policy.device, not name)
     model = Model(module)
+    model.shared_rows = policy.shared_rows
     require(model.scores_tokens, f"{flag} {name}: a {type(module).__name__} scores no tokens")
     module.score.float()
     if not name:

@@ -23,12 +23,13 @@ import brain
 import common
 import dpo
 import gdc
+import ppo
 import wind
 from analyze import export
 from plumbing import models as loading
 from plumbing.run import whole_weights
 
-SCRIPTS = [brain, gdc, dpo, wind, bond]
+SCRIPTS = [brain, gdc, dpo, wind, bond, ppo]
 NAMES = [script.__name__ for script in SCRIPTS]
 ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "gemma2"]
 REFUSED = ("mixtral", "qwen3_moe", "falcon_h1")
@@ -281,6 +282,7 @@ VARIANTS = [
     (wind, {"refresh_every": 1}),
     (bond, {"updates_per_sample": 2}),
     (bond, {"anchor": "copy", "eta": 1.0}),
+    (ppo, {"updates_per_sample": 2}),
 ]
 
 
@@ -429,7 +431,7 @@ def test_pure_bfloat16_trains_adapters_only(world, tmp_path, capsys, script):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", one_per_script([bond, brain, gdc, dpo, wind]))
+@pytest.mark.parametrize("script", one_per_script([bond, brain, gdc, dpo, wind, ppo]))
 def test_a_base_in_bfloat16(world, tmp_path, script):
     """With adapters in float32, which move by steps that bfloat16 would lose."""
     args = replace(flags(world), dtype="bfloat16", lr=1e-6)
@@ -567,7 +569,7 @@ def test_a_model_without_blocks_is_refused(capsys):
 
 
 # ── longer runs ──
-@pytest.mark.parametrize("script", one_per_script([brain, gdc, dpo, wind, bond]))
+@pytest.mark.parametrize("script", one_per_script([ppo, brain, gdc, dpo, wind, bond]))
 def test_steps_may_grow(world, tmp_path, capsys, script):
     """4 steps, then 12, is the run of 12, bit for bit: 40 prompts, 4 a step, so that the fewer steps
     read a part of them and the more begin a second lap. args.json and final/ follow."""
