@@ -139,11 +139,10 @@ def token_rewards(
 
 def gae(rewards: Tensor, values: Tensor, gae_lambda: float) -> Tensor:
     """A_t [P, N, T] of R_t and V_old, [P, N, T] each."""
-    delta = rewards + F.pad(values[:, :, 1:], (0, 1)) - values
-    place = torch.arange(delta.shape[2], device=delta.device)
-    behind = place[:, None] - place  # k − t
-    weights = torch.where(behind >= 0, gae_lambda ** behind.clamp(min=0), 0.0)
-    return delta @ weights  # (2)
+    advantage = rewards + F.pad(values[:, :, 1:], (0, 1)) - values  # δ
+    for t in reversed(range(advantage.shape[2] - 1)):
+        advantage[:, :, t] += gae_lambda * advantage[:, :, t + 1]  # (2)
+    return advantage
 
 
 def whitened(run, advantage: Tensor, mask: Tensor) -> Tensor:
