@@ -209,9 +209,10 @@ def main(args: Args) -> dict[str, float]:
 
     # ── start ──
     common.shard(policy)
-    models = torch.nn.ModuleDict(models)  # of which what is frozen has no gradient, and stays
+    models = torch.nn.ModuleDict(models)
+    trained = [weight for weight in models.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
-        models.parameters(),
+        trained,
         lr=args.lr,
         betas=(0.9, 0.95),
         weight_decay=args.weight_decay,
@@ -282,7 +283,7 @@ def main(args: Args) -> dict[str, float]:
                 entropy.append(part_entropy)
                 loss.append(part_loss.detach())
             logprobs, entropy, loss = torch.cat(logprobs), torch.cat(entropy), torch.cat(loss)
-            grad_norm = torch.nn.utils.clip_grad_norm_(models.parameters(), args.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             common.require(
                 grad_norm.isfinite(),
                 f"the gradient of step {step} is NaN or infinite; the last checkpoint is kept",

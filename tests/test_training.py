@@ -334,7 +334,9 @@ def test_a_run_with_adapters(world, tmp_path, monkeypatch, variant):
             assert weights and all(".lora_" in key for key in weights), name
     for moments in state["optimizer"]["state"].values():
         assert moments["exp_avg"].dtype == torch.float32
-    assert len(state["optimizer"]["state"]) == len(state["policy"])
+    adapters = [key for key in state.get("value", {}) if ".lora_" in key]
+    assert len(state["optimizer"]["state"]) == len(state["policy"]) + len(adapters)
+    assert (script is ppo) == (len(adapters) > 0)
 
     half = stopped(script, flags(world), tmp_path / "half", 2, monkeypatch, **more)
     resume(script, half)
@@ -355,17 +357,22 @@ def test_a_run_with_adapters(world, tmp_path, monkeypatch, variant):
 @pytest.mark.parametrize("more", one_per_script([{}, {}, {"updates_per_sample": 3}])[1:])
 def test_an_anchor_of_adapters_follows(world, tmp_path, more):
     """As (8) says, factor by factor; what lies below stays, to the last bit."""
-    moved, bases = [], []
+    moved, bases, policies = [], [], []
+
+    def shard(model):
+        policies.append(model)
+        return model
 
     def step(optimizer, *inputs, original=torch.optim.AdamW.step, **named):
         out = original(optimizer, *inputs, **named)
-        weights = optimizer.param_groups[0]["params"]
+        weights = list(policies[-1].parameters())
         moved.append([w.detach().clone() for w in weights if w.requires_grad])
         bases.append([w.detach().clone() for w in weights if not w.requires_grad])
         return out
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(common, "shard", shard)
         state = load_state(run(bond, flags(world), tmp_path / "run", eta=0.25, **more))
     start = start_weights(world)
     assert len(moved) == 4 * more.get("updates_per_sample", 1)
