@@ -160,11 +160,14 @@ def leave_one_out(returns: Tensor) -> Tensor:
     return returns - others  # (5)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Loss [P], summed over actions, of three [P, N, actions]."""
-    ratio = (logprobs - old_logprobs).exp()
-    gains = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)  # (3)
-    return -gains.sum((1, 2))
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, args: Args) -> Tensor:
+    """Loss [P], summed over actions, of two log-probs [P, N, T] and advantages [P, N, actions]."""
+    log_ratio = logprobs - old_logprobs
+    if args.advantage == "rloo":
+        log_ratio = log_ratio.sum(2, keepdim=True)  # a response is one action
+    ratio = log_ratio.exp()
+    near = ratio.clamp(1 - args.clip, 1 + args.clip)
+    return -torch.min(ratio * advantage, near * advantage).sum((1, 2))  # (3)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -250,8 +253,7 @@ def main(args: Args) -> dict[str, float]:
             advantage = whitened(run, advantage, mask)
             actions = run.average(mask.sum()) / len(prompts)  # per prompt
         else:
-            advantage = leave_one_out(paid.sum(2))[:, :, None]
-            old, actions = proposal_logprobs[:, :, None], n
+            advantage, actions = leave_one_out(paid.sum(2))[:, :, None], n
 
         # ── update ──
         for update in range(args.updates_per_sample):
@@ -264,17 +266,11 @@ def main(args: Args) -> dict[str, float]:
                     policy, batch[rows], args.temperature
                 )
                 part_logprobs, part_entropy = token_logprobs.sum(2), token_entropy.sum(2)
-                part_loss = policy_loss(
-                    token_logprobs if args.advantage == "gae" else part_logprobs[:, :, None],
-                    old[rows],
-                    advantage[rows],
-                    args.clip,
-                )
+                part_loss = policy_loss(token_logprobs, old[rows], advantage[rows], args)
                 if args.advantage == "gae":
                     values = common.token_values(value, batch[rows])
-                    part_loss += args.value_weight * value_loss(
-                        values, old_values[rows], returns[rows], args.clip
-                    )
+                    error = value_loss(values, old_values[rows], returns[rows], args.clip)
+                    part_loss += args.value_weight * error
                 part_loss /= actions
                 advice = "take a smaller --lr or fewer --updates-per-sample"
                 common.require_finite(part_loss, "the loss", batch[rows], advice)

@@ -30,6 +30,7 @@ MASK = torch.tensor([[True, len(ids) > 1] for ids in RESPONSES])
 TOKEN = torch.tensor([(ids + [0])[:2] for ids in RESPONSES])
 STATE = torch.tensor([[0, ids[0]] for ids in RESPONSES])
 REF, LOGITS, REWARDS, BETA = table(0, 3, 3), table(1, 3, 3), table(2, 7), 0.7
+GAE, RLOO = (ppo.Args(advantage=name, clip=0.2) for name in ("gae", "rloo"))
 ALONE = SimpleNamespace(average=lambda sums: sums)  # a run of one process
 
 
@@ -84,7 +85,7 @@ def expected_gradient(logits: torch.Tensor, values: torch.Tensor, gae_lambda: fl
 
     def loss(variable):
         ours = tokens_of(variable)[:, None]
-        return (prob * ppo.policy_loss(ours, old[:, None], advantage[:, None], 0.2)).sum()
+        return (prob * ppo.policy_loss(ours, old[:, None], advantage[:, None], GAE)).sum()
 
     return gradient_of(loss, logits)
 
@@ -156,7 +157,7 @@ def test_eq2_at_the_target_no_token_has_an_advantage():
 def test_eq3_where_the_ratio_is_1_it_is_reinforce():
     """Loss −Σ A, gradient −A·∇log π, whatever the clipping."""
     logprobs, advantage = table(6, 2, 3, 4).requires_grad_(), table(7, 2, 3, 4)
-    loss = ppo.policy_loss(logprobs, logprobs.detach(), advantage, 0.2)
+    loss = ppo.policy_loss(logprobs, logprobs.detach(), advantage, GAE)
     torch.testing.assert_close(loss, -advantage.sum((1, 2)))
     loss.sum().backward()
     assert torch.equal(logprobs.grad, -advantage)
@@ -175,11 +176,20 @@ def test_eq3_where_the_ratio_is_1_it_is_reinforce():
 )
 def test_eq3_clips_on_the_side_of_the_gain_only(ratio, advantage, loss, moves):
     logprobs = torch.tensor([[[ratio]]]).log().requires_grad_()
-    ours = ppo.policy_loss(logprobs, torch.zeros(1, 1, 1), torch.tensor([[[advantage]]]), 0.2)
+    ours = ppo.policy_loss(logprobs, torch.zeros(1, 1, 1), torch.tensor([[[advantage]]]), GAE)
     assert ours.shape == (1,) and ours.item() == pytest.approx(loss, rel=1e-6)
     ours.sum().backward()
     gradient = -ratio * advantage if moves else 0.0
     assert logprobs.grad.item() == pytest.approx(gradient, rel=1e-6)
+
+
+def test_eq3_a_response_of_rloo_is_one_action():
+    """Its ratio is the product of its tokens': two of 1.15 are past 1.2, while each alone is not."""
+    logprobs = torch.tensor([[[1.15, 1.15]]]).log().requires_grad_()
+    old, advantage = torch.zeros(1, 1, 2), torch.ones(1, 1, 1)
+    ours = ppo.policy_loss(logprobs, old, advantage, RLOO)
+    assert ours.item() == pytest.approx(-1.2)
+    assert ppo.policy_loss(logprobs, old, advantage, GAE).item() == pytest.approx(-2.3)
 
 
 @pytest.mark.parametrize(
@@ -218,17 +228,16 @@ def test_eq4_is_at_rest_at_the_true_value():
 def loss_of_rloo(ours, old, returns, picks):
     """ppo.py's loss of the samples `picks` of one prompt."""
     advantage = ppo.leave_one_out(returns[picks][None])[:, :, None]
-    loss = ppo.policy_loss(ours[picks][None, :, None], old[picks][None, :, None], advantage, 0.2)
-    return loss.sum() / len(picks)
+    return ppo.policy_loss(ours[picks][None], old[picks][None], advantage, RLOO).sum() / len(picks)
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_eq5_is_unbiased_over_all_sets_of_samples(n):
     """The mean over all 7^N sample sets is the gradient of E[r] − β·KL."""
-    old, returns = tokens_of(LOGITS).sum(1), paid(LOGITS).sum(1)
+    old, returns = tokens_of(LOGITS), paid(LOGITS).sum(1)
 
     def one(picks):
-        return gradient_of(lambda x: loss_of_rloo(tokens_of(x).sum(1), old, returns, picks), LOGITS)
+        return gradient_of(lambda x: loss_of_rloo(tokens_of(x), old, returns, picks), LOGITS)
 
     ours = expectation(old, n, one)
     exact = -gradient_of(objective, LOGITS)
@@ -267,7 +276,7 @@ def test_the_weights_of_brain_are_those_of_rloo_to_first_order():
         ours = logprobs.clone().requires_grad_()
         advantage = ppo.leave_one_out(rewards)
         ppo.policy_loss(
-            ours[:, :, None], logprobs[:, :, None], advantage[:, :, None], 0.2
+            ours[:, :, None], logprobs[:, :, None], advantage[:, :, None], RLOO
         ).sum().backward()
         near = ours.grad * (n - 1) / (n**2 * BETA)
         remainders.append((variable.grad - near).norm().item())
@@ -343,9 +352,9 @@ def test_eq3_the_first_update_of_a_batch_is_reinforce(
     on the batch moves away from it."""
     seen, original = [], ppo.policy_loss
 
-    def policy_loss(logprobs, old, advantages, clip):
+    def policy_loss(logprobs, old, advantages, args):
         seen.append((logprobs.detach(), old, advantages))
-        return original(logprobs, old, advantages, clip)
+        return original(logprobs, old, advantages, args)
 
     monkeypatch.setattr(ppo, "policy_loss", policy_loss)
     flags = {"steps": 2, "advantage": advantage, "micro_batch": micro_batch, "max_prompt_tokens": 8}
@@ -353,7 +362,7 @@ def test_eq3_the_first_update_of_a_batch_is_reinforce(
     assert len(seen) == 2 * (2 if micro_batch else 1)
     for logprobs, old, advantages in seen:
         assert torch.equal(logprobs, old) and advantages.abs().max() > 0.1
-        loss = original(logprobs, old, advantages, 0.2)
+        loss = original(logprobs, old, advantages, GAE if advantage == "gae" else RLOO)
         torch.testing.assert_close(loss, -advantages.sum((1, 2)), atol=1e-4, rtol=1e-5)
     assert all(line["ppo/kl_old"] == 0 for line in lines[1:])
     seen.clear()
