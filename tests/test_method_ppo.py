@@ -410,15 +410,40 @@ def test_the_gradient_of_a_step_is_that_of_the_tokens_mean(world, tmp_path, monk
 
 
 def test_a_value_model_of_ones_own(world, tmp_path, monkeypatch):
-    """A classifier is where the value starts from: the reward model's numbers, at each token."""
-    seen, original = [], ppo.gae
+    """A classifier is where the value starts from, once it is checked how it is to be fed; without
+    one the value is 0 at first."""
+    seen, original, checked, choose = [], ppo.gae, [], common._choose_rows
+
+    def choose_rows(flag, name, model):
+        checked.append(flag)
+        choose(flag, name, model)
+
+    monkeypatch.setattr(common, "_choose_rows", choose_rows)
     monkeypatch.setattr(ppo, "gae", lambda *x: seen.append(x[1]) or original(*x))
     for name in ("", world["reward_model"]):
         train(ppo, world, tmp_path / str(len(seen)), steps=1, value_model=name)
+        assert ("--value-model" in checked) == bool(name)
     assert seen[0].abs().max() == 0 < seen[1].abs().max()
     state = torch.load(tmp_path / "1" / "checkpoint" / "state.pt", weights_only=True)
     assert state["value"].keys() != state["policy"].keys()
     assert "module.score.weight" in state["value"]
+
+
+def test_a_value_reads_plain_rows_where_the_policy_does(world, tmp_path, monkeypatch):
+    """Started from the policy's body it has no numbers of its own to be checked by."""
+    seen, original = [], common.token_values
+
+    def token_values(model, *more):
+        seen.append(model.shared_rows)
+        return original(model, *more)
+
+    def choose_rows(flag, name, model):
+        model.shared_rows = flag != "--policy"
+
+    monkeypatch.setattr(common, "_choose_rows", choose_rows)
+    monkeypatch.setattr(common, "token_values", token_values)
+    train(ppo, world, tmp_path / "run", steps=1)
+    assert seen and not any(seen)
 
 
 def tokenizer_of_others(folder: Path) -> str:
