@@ -112,14 +112,7 @@ def room(flag: str, name: str) -> int:
     return _context(_load_config(flag, name).get_text_config())
 
 
-def _load_module(
-    flag: str,
-    name: str,
-    auto_class,
-    dtype: torch.dtype,
-    device: torch.device,
-    new_head: bool = False,
-):
+def _load_module(flag: str, name: str, auto_class, dtype, device, new_head: bool = False):
     """A model from safetensors, without dropout, which would break log-ratios.
 
     With `new_head` it is a classifier with one label, whose head the checkpoint lacks.
@@ -233,7 +226,7 @@ def load_classifier(args, device: torch.device) -> Model:
 def load_critic(args, policy: Model, tokenizer, name: str) -> Model:
     """A classifier to be trained, which reads the policy's tokens: that of --value-model `name`, or
     the body of --policy with a head of zeros."""
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification as Classifier
 
     flag = "--value-model" if name else "--policy"
     if name:
@@ -241,9 +234,8 @@ def load_critic(args, policy: Model, tokenizer, name: str) -> Model:
         require(labels == 1, f"{flag} {name}: num_labels is {labels}, but a value is one number")
         same = load_tokenizer(flag, name).get_vocab() == tokenizer.get_vocab()
         require(same, f"{flag} {name}: its tokens are not those of --policy {args.policy}")
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    auto_class = AutoModelForSequenceClassification
-    module = _load_module(flag, name or args.policy, auto_class, dtype, policy.device, not name)
+    like = policy.module
+    module = _load_module(flag, name or args.policy, Classifier, like.dtype, like.device, not name)
     model = Model(module)
     model.shared_rows = policy.shared_rows
     require(model.scores_tokens, f"{flag} {name}: a {type(module).__name__} scores no tokens")
