@@ -463,6 +463,7 @@ def two_labels(folder: Path) -> str:
 )
 def test_a_value_model_that_does_not_fit_is_refused(world, tmp_path, capsys, make, message):
     name = make(tmp_path / "value")
+    capsys.readouterr()  # what saving says
     with pytest.raises(SystemExit) as stop:
         train(ppo, world, tmp_path / "run", steps=1, value_model=name)
     error = capsys.readouterr().err.strip()

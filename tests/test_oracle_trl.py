@@ -88,6 +88,10 @@ def test_rloo_is_that_of_trl(tmp_path, architecture):
     ref = make_model(architecture, len(tokenizer))
     policy = copy.deepcopy(ref)
     prompts = [text for text, *_ in ROWS]
+    if architecture == "gpt2":
+        # TRL pads prompts on the left and names no positions, so GPT-2 would count the padding.
+        prompts = [f"{text} the film was".split()[:3] for text in prompts]
+        prompts = [" ".join(words) for words in prompts]
 
     def reward(completions, **_):
         return [len(text) / 10 for text in completions]
