@@ -178,8 +178,10 @@ def main(args: Args) -> dict[str, float]:
 
     # ── start ──
     common.shard(policy)
+    models = torch.nn.ModuleDict(models)
+    trained = [weight for weight in models.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
-        policy.parameters(),
+        trained,
         lr=args.lr,
         betas=(0.9, 0.95),
         weight_decay=args.weight_decay,
@@ -219,9 +221,10 @@ def main(args: Args) -> dict[str, float]:
             optimizer.param_groups[0]["lr"] = lr
             logprobs, entropy, loss = [], [], []
             for rows in common.micro_batches(len(prompts), args.micro_batch):
-                part_logprobs, part_entropy = common.logprobs_and_entropy(
+                token_logprobs, token_entropy = common.token_logprobs_and_entropy(
                     policy, batch[rows], args.temperature
                 )
+                part_logprobs, part_entropy = token_logprobs.sum(2), token_entropy.sum(2)
                 part_loss = brain_loss(
                     part_logprobs, proposal_logprobs[rows], target_weights[rows], args.estimator
                 )
@@ -232,7 +235,7 @@ def main(args: Args) -> dict[str, float]:
                 entropy.append(part_entropy)
                 loss.append(part_loss.detach())
             logprobs, entropy, loss = torch.cat(logprobs), torch.cat(entropy), torch.cat(loss)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             common.require(
                 grad_norm.isfinite(),
                 f"the gradient of step {step} is NaN or infinite; the last checkpoint is kept",

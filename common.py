@@ -46,6 +46,7 @@ from plumbing.models import (
     is_function,
     load_causal_lm,
     load_classifier,
+    load_critic,
     load_function,
     load_tokenizer,
     shard,
@@ -77,16 +78,21 @@ MOST_ENDED = 0.25  # of the rows being sampled: as many must have ended for them
 class Batch:
     """P prompts with N responses each, as lists of token ids, end token included.
 
-    `batch[rows]` cuts out prompts with all their responses.
+    `batch[rows]` cuts out prompts with all their responses. What belongs to tokens is [P, N, T], 0
+    behind a response's end; T is the same for all parts of a batch.
     """
 
     prompts: list[Prompt]
     responses: list[list[list[int]]]  # [P][N]
     sampled_logprobs: Tensor | None = None  # [P, N], as drawn; of sampled batches only
+    longest: int = 0  # T, the tokens of the longest response, which a part may lack
+
+    def __post_init__(self):
+        self.longest = self.longest or int(self.lengths().max())
 
     def __getitem__(self, rows: slice) -> "Batch":
         logprobs = None if self.sampled_logprobs is None else self.sampled_logprobs[rows]
-        return Batch(self.prompts[rows], self.responses[rows], logprobs)
+        return Batch(self.prompts[rows], self.responses[rows], logprobs, self.longest)
 
     def beside(self, other: "Batch") -> "Batch":
         """The same prompts with the responses of both batches."""
@@ -106,6 +112,10 @@ class Batch:
     def lengths(self) -> Tensor:
         """Tokens per response, [P, N], on the CPU."""
         return torch.tensor([[float(len(ids)) for ids in group] for group in self.responses])
+
+    def mask(self) -> Tensor:
+        """[P, N, T] True at the tokens of a response, False behind its end, on the CPU."""
+        return torch.arange(self.longest) < self.lengths()[:, :, None]
 
     def ended(self, end_tokens: list[int]) -> Tensor:
         """[P, N] True where a response closes with an end token, False where it was cut."""
@@ -293,29 +303,37 @@ def _logits(model: Model, states: Tensor) -> Tensor:
 # ── Log-probs ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def logprobs_and_entropy(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sums over the tokens of each response, [P, N] each, in nats: its log-prob, with gradient, and
-    the entropy of the next-token distributions, without (0 where no gradient is asked for).
+def token_logprobs_and_entropy(
+    model: Model, batch: Batch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Of each token of each response, [P, N, T] each, in nats: its log-prob, with gradient, and the
+    entropy of the distribution that it is from, without (0 where no gradient is asked for).
 
-    The end token counts once, nothing after it counts.
+    The end token counts once, nothing after it counts: the sum over the tokens is the response's.
     """
-    return model(_logprobs_and_entropy, batch, temperature)
+    return model(_read_tokens, batch, temperature)
 
 
-def _logprobs_and_entropy(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropy(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same, summed over the tokens of each response, [P, N] each."""
+    logprobs, entropy = token_logprobs_and_entropy(model, batch, temperature)
+    return logprobs.sum(2), entropy.sum(2)
+
+
+def _read_tokens(model: Model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     rows = _pack(model, batch)
     states = _states(model, rows.tokens, rows.segment, rows.position)  # [R, S, D]
     states = states[rows.before]  # [tokens, D]
     targets = [token for group in batch.responses for ids in group for token in ids]
     targets = _integers(targets, model.device)
     logprobs, entropy = _read_in_chunks(model, states, targets, temperature)  # [tokens]
-    lengths = batch.lengths()
-    place = torch.arange(int(lengths.max()))
-    mask = (place < lengths[:, :, None]).to(model.device)  # [P, N, T]
-    zeros = torch.zeros(mask.shape, device=model.device)
-    logprobs = zeros.masked_scatter(mask, logprobs).sum(2)
-    entropy = zeros.masked_scatter(mask, entropy).sum(2)
-    return logprobs, entropy
+    return _by_response(batch, logprobs), _by_response(batch, entropy)
+
+
+def _by_response(batch: Batch, values: Tensor) -> Tensor:
+    """What belongs to all tokens of a batch, [tokens], as [P, N, T]."""
+    mask = batch.mask().to(values.device)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def _read_in_chunks(
@@ -356,10 +374,28 @@ def _read(
 
 
 @torch.no_grad()
+def token_logprobs(model: Model, batch: Batch, temperature: float, micro_batch: int = 0) -> Tensor:
+    """Log-probs [P, N, T] of the tokens, without gradient, `micro_batch` prompts per pass."""
+    parts = [batch[rows] for rows in micro_batches(len(batch.prompts), micro_batch)]
+    return torch.cat([token_logprobs_and_entropy(model, part, temperature)[0] for part in parts])
+
+
 def logprobs(model: Model, batch: Batch, temperature: float, micro_batch: int = 0) -> Tensor:
-    """Log-probs [P, N] of the responses, without gradient, `micro_batch` prompts per pass."""
+    """The same for the responses, [P, N]."""
+    return token_logprobs(model, batch, temperature, micro_batch).sum(2)
+
+
+def token_values(model: Model, batch: Batch, micro_batch: int = 0) -> Tensor:
+    """Values [P, N, T] that a classifier gives to the state before each token, with gradient."""
     slices = micro_batches(len(batch.prompts), micro_batch)
-    return torch.cat([logprobs_and_entropy(model, batch[rows], temperature)[0] for rows in slices])
+    return torch.cat([model(_token_values, batch[rows]) for rows in slices])
+
+
+def _token_values(model: Model, batch: Batch) -> Tensor:
+    rows = _pack(model, batch)
+    states = _states(model, rows.tokens, rows.segment, rows.position)  # [R, S, D]
+    values = model.module.score(states[rows.before].float())  # [tokens, 1]
+    return _by_response(batch, values[:, 0])
 
 
 # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────
@@ -625,6 +661,15 @@ def load_policy(run: Run, tokenizer) -> Model:
     policy.mixed = run.device.type == "cuda" and run.args.dtype != "float32"
     policy.most_prompts = DRAWN * run.args.micro_batch
     return policy
+
+
+def load_value_model(run: Run, policy: Model, tokenizer, name: str) -> Model:
+    """The classifier `name`, to be trained, or the policy's own body with a head of zeros."""
+    value = load_critic(run.args, policy, tokenizer, name)
+    if name:
+        _choose_rows("--value-model", name, value)
+    value.mixed = policy.mixed
+    return shard(value)
 
 
 def load_reward_model(run: Run, policy: Model, policy_tokenizer) -> RewardModel:

@@ -1,4 +1,4 @@
-"""The default runs of the five scripts in a table, from benchmarks/results/default_run.jsonl.
+"""The default runs of the six scripts in a table, from benchmarks/results/default_run.jsonl.
 
     python -m analyze.default_runs
 

@@ -9,7 +9,7 @@ import difflib
 
 from analyze.tables import ROOT, table
 
-NAMES = ["brain", "gdc", "dpo", "wind", "bond"]
+NAMES = ["brain", "gdc", "dpo", "wind", "bond", "ppo"]
 
 
 def code(name: str) -> list[str]:

@@ -12,7 +12,7 @@ from analyze.differences import NAMES
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 START = """# Reliability
 
-What was done to the five scripts, and what came of it. Made by `python -m analyze.reliability`
+What was done to the six scripts, and what came of it. Made by `python -m analyze.reliability`
 from `benchmarks/results/faults.jsonl` and `long_run.jsonl`, which have every single fault with
 its command, commit and machine.
 

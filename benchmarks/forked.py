@@ -34,9 +34,10 @@ import brain  # noqa: E402
 import common  # noqa: E402
 import dpo  # noqa: E402
 import gdc  # noqa: E402
+import ppo  # noqa: E402
 import wind  # noqa: E402
 
-SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond)}
+SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond, ppo)}
 PATIENCE = 120  # seconds after which a process counts as one that hangs
 torch.set_num_threads(1)
 

@@ -1,6 +1,6 @@
 """2,000 small steps of each script: does memory grow, do files stay open, does it slow down?
 
-    python -m benchmarks.long_run [--scripts brain gdc dpo wind bond] [--steps 2000]
+    python -m benchmarks.long_run [--scripts brain gdc dpo wind bond ppo] [--steps 2000]
 
 Watches a forked run from outside (resident memory and open files, ten times a second) and reads its
 own times per step. The step size is tiny, so that the work of a step does not change; it evaluates

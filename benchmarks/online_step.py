@@ -1,14 +1,15 @@
-"""An online step side by side: brain.py's against TRL's GRPOTrainer and OnlineDPOTrainer.
+"""An online step side by side: ours against TRL's GRPOTrainer, OnlineDPOTrainer and RLOOTrainer.
 
     python -m benchmarks.online_step [--peer grpo] [--repeats 5]
 
 A step samples N responses for each of 2 prompts, scores them with a reward model, reads their
-log-probs from the reference and takes one update; brain.py also reads those of its proposal.
-N = 8 against GRPOTrainer, N = 2, which is all it has, against the experimental OnlineDPOTrainer;
-both generate with transformers. Same model, prompts, lengths and precision, one process: TRL runs
-in its own training loop, and a callback takes one of our steps after each of TRL's. Peak memory is
-that of a fresh process for each side, without imports. Adds a line per shape to
-benchmarks/results/online_step.jsonl.
+log-probs from the reference and takes one update. N = 8: brain.py, which also reads those of its
+proposal, against GRPOTrainer, and ppo.py --advantage rloo, which also reads those of its policy, as
+its peer does, against RLOOTrainer. N = 2, which is all it has: brain.py against the experimental
+OnlineDPOTrainer. All of these generate with transformers. Same model, prompts, lengths and
+precision, one process: TRL runs in its own training loop, and a callback takes one of our steps
+after each of TRL's. Peak memory is that of a fresh process for each side, without imports. Adds a
+line per shape to benchmarks/results/online_step.jsonl.
 """
 
 import os
@@ -25,6 +26,7 @@ import tyro
 
 import brain
 import common
+import ppo
 from benchmarks import side_by_side
 from benchmarks.side_by_side import (
     DEVICE,
@@ -38,7 +40,7 @@ from benchmarks.side_by_side import (
 from benchmarks.where import add
 
 PROMPTS, BETA = 2, 0.1
-SAMPLES = {"grpo": 8, "online_dpo": 2}  # N by peer
+SAMPLES = {"grpo": 8, "online_dpo": 2, "rloo": 8}  # N by peer
 PHASES = ("sample", "score", "log-probs", "update")
 WATCHED = {  # methods of TRL's trainers, by the phase whose time they take
     "_calculate_rewards": "score",
@@ -53,7 +55,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 class Args:
     shapes: list[tuple[int, int]] = field(default_factory=lambda: [(256, 48), (512, 53), (64, 256)])
     """(prompt, response) lengths in tokens"""
-    peer: Literal["grpo", "online_dpo"] = "grpo"
+    peer: Literal["grpo", "online_dpo", "rloo"] = "grpo"
     """trainer of TRL's"""
     repeats: int = 5
     """turns of each side, after one that does not count"""
@@ -62,10 +64,27 @@ class Args:
     MiB, and end"""
 
 
-def our_step(prompt: int, response: int, n: int, count: int = PROMPTS, **shape):
-    """A function that takes one step of brain.py's and returns the seconds of its phases."""
+def brain_loss(batch, rewards, start, old, logprobs):
+    """The loss of brain.py of log-probs of reference, proposal and policy, [P, N, T] each."""
+    ref_logprobs, proposal_logprobs = start.sum(2), old.sum(2)
+    target_weights = brain.posterior_weights(ref_logprobs, rewards, proposal_logprobs, BETA)
+    return brain.brain_loss(logprobs.sum(2), proposal_logprobs, target_weights).mean()
+
+
+def rloo_loss(batch, rewards, start, old, logprobs):
+    """The loss of ppo.py --advantage rloo of the same."""
+    paid = ppo.token_rewards(rewards, old, start, batch.mask(), BETA)
+    advantage = ppo.leave_one_out(paid.sum(2))[:, :, None]
+    loss = ppo.policy_loss(logprobs, old, advantage, ppo.Args(advantage="rloo"))
+    return loss.mean() / rewards.shape[1]
+
+
+def our_step(prompt: int, response: int, n: int, count: int = PROMPTS, peer: str = "grpo", **shape):
+    """A function that takes one step of ours and returns the seconds of its phases."""
     policy = make_policy(**shape)
-    ref, proposal = common.frozen_copy(policy), common.frozen_copy(policy)
+    ref = common.frozen_copy(policy)
+    proposal = policy if peer == "rloo" else common.frozen_copy(policy)
+    loss_of = rloo_loss if peer == "rloo" else brain_loss
     reward_model = side_by_side.make_reward_model(make_tokenizer(), **shape)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
     prompts = make_prompts(prompt, count)
@@ -77,13 +96,11 @@ def our_step(prompt: int, response: int, n: int, count: int = PROMPTS, **shape):
         times.append(clock())
         rewards = common.score(reward_model, batch)
         times.append(clock())
-        ref_logprobs = common.logprobs(ref, batch, 1.0)
-        proposal_logprobs = common.logprobs(proposal, batch, 1.0)
+        start = common.token_logprobs(ref, batch, 1.0)
+        old = common.token_logprobs(proposal, batch, 1.0)
         times.append(clock())
-        target_weights = brain.posterior_weights(ref_logprobs, rewards, proposal_logprobs, BETA)
-        logprobs, _ = common.logprobs_and_entropy(policy, batch, 1.0)
-        loss = brain.brain_loss(logprobs, proposal_logprobs, target_weights).mean()
-        loss.backward()
+        logprobs, _ = common.token_logprobs_and_entropy(policy, batch, 1.0)
+        loss_of(batch, rewards, start, old, logprobs).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +115,7 @@ def make_trainer(peer: str, prompt: int, response: int, steps: int, **model):
     tokenizer, n = make_tokenizer(), SAMPLES[peer]
     texts = [as_text(item) for item in make_prompts(prompt, PROMPTS)] * steps
     folder = tempfile.mkdtemp()
-    make_module(**model).save_pretrained(folder)  # GRPOTrainer loads its reference by name
+    make_module(**model).save_pretrained(folder)  # by whose name some load their reference
     policy = transformers.LlamaForCausalLM.from_pretrained(folder)
     settings = dict(
         output_dir=folder,
@@ -123,10 +140,12 @@ def make_trainer(peer: str, prompt: int, response: int, steps: int, **model):
         processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
     )
-    if peer == "grpo":
-        from trl import GRPOConfig, GRPOTrainer
+    if peer != "online_dpo":
+        from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-        config = GRPOConfig(
+        kinds = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
+        make_config, make = kinds[peer]
+        config = make_config(
             per_device_train_batch_size=PROMPTS * n,
             num_generations=n,
             steps_per_generation=1,
@@ -134,7 +153,7 @@ def make_trainer(peer: str, prompt: int, response: int, steps: int, **model):
             shuffle_dataset=False,
             **settings,
         )
-        return GRPOTrainer(**models, args=config)
+        return make(**models, args=config)
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     config = OnlineDPOConfig(
@@ -188,7 +207,7 @@ class Turns(transformers.TrainerCallback):
 
 def take_turns(peer: str, prompt: int, response: int, repeats: int, **model) -> Turns:
     """The times of both sides on one shape, after one turn that does not count."""
-    turns = Turns(our_step(prompt, response, SAMPLES[peer], **model))
+    turns = Turns(our_step(prompt, response, SAMPLES[peer], peer=peer, **model))
     trainer = make_trainer(peer, prompt, response, repeats + 1, **model)
     turns.watch(trainer)
     trainer.add_callback(turns)
@@ -201,7 +220,7 @@ def take_turns(peer: str, prompt: int, response: int, repeats: int, **model) -> 
 def make_side(side: str, peer: str, shape: tuple[int, int]):
     """A function that takes one step of one side, for its peak memory."""
     if side == "ours":
-        return our_step(*shape, SAMPLES[peer])
+        return our_step(*shape, SAMPLES[peer], peer=peer)
     return make_trainer(peer, *shape, steps=1).train
 
 

@@ -117,8 +117,11 @@ def room(flag: str, name: str) -> int:
     return _context(_load_config(flag, name).get_text_config())
 
 
-def _load_module(flag: str, name: str, auto_class, dtype: torch.dtype, device: torch.device):
-    """A model from safetensors, without dropout, which would break log-ratios."""
+def _load_module(flag: str, name: str, auto_class, dtype, device, new_head: bool = False):
+    """A model from safetensors, without dropout, which would break log-ratios.
+
+    With `new_head` it is a classifier with one label, whose head the checkpoint lacks.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -130,8 +133,10 @@ def _load_module(flag: str, name: str, auto_class, dtype: torch.dtype, device: t
             use_safetensors=True,
             trust_remote_code=False,  # else transformers would ask at a terminal
             output_loading_info=True,
+            **({"num_labels": 1} if new_head else {}),
         )
-    missing = ", ".join(sorted(info["missing_keys"])[:3])
+    missing = info["missing_keys"] - ({"score.weight"} if new_head else set())
+    missing = ", ".join(sorted(missing)[:3])
     require(
         not missing,
         f"{flag} {name}: a {type(module).__name__} needs {missing}, which the checkpoint lacks",
@@ -220,6 +225,32 @@ def load_classifier(args, device: torch.device) -> Model:
     model = Model(module.requires_grad_(False))
     if model.scores_tokens:
         module.score.float()  # bfloat16 rewards near 5 tie in steps of 0.03
+    return model
+
+
+def load_critic(args, policy: Model, tokenizer, name: str) -> Model:
+    """A classifier to be trained, which reads the policy's tokens: that of --value-model `name`, or
+    the body of --policy with a head of zeros."""
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    flag = "--value-model" if name else "--policy"
+    if name:
+        labels = _load_config(flag, name).num_labels
+        require(labels == 1, f"{flag} {name}: num_labels is {labels}, but a value is one number")
+        same = load_tokenizer(flag, name).get_vocab() == tokenizer.get_vocab()
+        require(same, f"{flag} {name}: its tokens are not those of --policy {args.policy}")
+    like = policy.module
+    module = _load_module(flag, name or args.policy, Classifier, like.dtype, like.device, not name)
+    model = Model(module)
+    model.shared_rows = policy.shared_rows
+    require(model.scores_tokens, f"{flag} {name}: a {type(module).__name__} scores no tokens")
+    module.score.float()
+    if not name:
+        torch.nn.init.zeros_(module.score.weight)
+    if args.lora_rank:
+        _add_adapters(module, args)
+    if args.checkpointing:
+        _recompute(model)
     return model
 
 

@@ -33,7 +33,7 @@ POSITIVE = (
     "prompts_per_step samples_per_prompt max_response_tokens temperature steps "
     "updates_per_sample lr max_grad_norm eval_every eval_prompts save_every"
 ).split()  # numbers that must be more than 0; all others may be 0
-FORMAT = 3  # of checkpoints: raised when what they hold changes
+FORMAT = 4  # of checkpoints: raised when what they hold changes
 HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
 
 
@@ -214,10 +214,10 @@ class Run:
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # one voice; errors, on stderr, are heard from all
 
-    def open(self, models: dict, optimizer) -> int:
+    def open(self, models: torch.nn.ModuleDict, optimizer) -> int:
         """Makes the run folder or, with --resume, restores it. Returns the number of steps done.
 
-        `models` by name, and the optimizer of models["policy"], are what a checkpoint holds.
+        `models` by name, and the optimizer of their weights, are what a checkpoint holds.
         """
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
@@ -322,7 +322,7 @@ class Run:
         for name, model in self.models.items():
             saved[name] = whole_weights(model, self.rank, frozen)
         saved["optimizer"] = state_dict.get_optimizer_state_dict(
-            self.models["policy"], self.optimizer, options=whole
+            self.models, self.optimizer, options=whole
         )
         path = self.folder / "checkpoint" / "state.pt"
         new = path.with_suffix(".new")
@@ -360,7 +360,7 @@ class Run:
                 state_dict.set_model_state_dict(model, saved[name], options=whole)
             whole.strict = False  # a weight that no pass uses has no moments
             state_dict.set_optimizer_state_dict(
-                self.models["policy"], self.optimizer, saved["optimizer"], options=whole
+                self.models, self.optimizer, saved["optimizer"], options=whole
             )
         self._trim_logs(saved["step"])
         return saved["step"]

@@ -42,12 +42,13 @@ def path_of(name: str) -> str:
 CORE, PERFORMANCE, PROPERTIES = path_of("core"), path_of("performance"), path_of("properties")
 ARCHITECTURES, SCRIPTS, SIBLINGS = path_of("architectures"), path_of("scripts"), path_of("siblings")
 BRAIN, GDC, DPO = path_of("method_brain"), path_of("method_gdc"), path_of("method_dpo")
-WIND, BOND, RANKS = path_of("method_wind"), path_of("method_bond"), path_of("distributed")
-BAD, FAULTS, DATA, RESUMED = (
+WIND, BOND, PPO = path_of("method_wind"), path_of("method_bond"), path_of("method_ppo")
+BAD, FAULTS, DATA, RESUMED, RANKS = (
     path_of("bad_input"),
     path_of("faults"),
     path_of("data"),
     path_of("resume"),
+    path_of("distributed"),
 )
 GPU, MEMORY = path_of("gpu"), path_of("memory")
 REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
@@ -57,6 +58,7 @@ CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them wo
     "final_is and gpt2": "check_runs",
     "gathers_once": "check_sampling",
     "gradients_losses": "check_runs",
+    "gradients_losses and ppo": "check_runs",
     "no_pass_uses": "check_unused_weight",
     "only_rank_0": "check_runs check_log",
     "proposal_and_anchor": "check_runs",
@@ -326,6 +328,65 @@ MUTANTS = [
         "j_bond_reaches and 1.0",
     ),
     ("bond.py", ', "anchor": anchor}', "}", SIBLINGS, "a_variant and bond"),
+    # ppo.py
+    ("ppo.py", "kl_term = -beta * (", "kl_term = beta * (", PPO, "eq1"),
+    ("ppo.py", "(logprobs - ref_logprobs)", "logprobs", PPO, "eq1"),
+    (
+        "ppo.py",
+        "last = mask.sum(2, keepdim=True) - 1",
+        "last = 0 * mask.sum(2, keepdim=True) + mask.shape[2] - 1",
+        PPO,
+        "eq1_the",
+    ),
+    ("ppo.py", "scatter_add(2, last, rewards", "scatter(2, last, rewards", PPO, "eq1"),
+    ("ppo.py", "F.pad(values[:, :, 1:], (0, 1)) - values", "values - values", PPO, "eq2"),
+    ("ppo.py", "(0, 1)) - values", "(0, 1)) + values", PPO, "eq2"),
+    ("ppo.py", "in reversed(range(", "in (range(", PPO, "eq2"),
+    ("ppo.py", "+= gae_lambda * advantage", "+= advantage", PPO, "eq2"),
+    ("ppo.py", "* (advantage - mean)", "* advantage", PPO, "variance_1"),
+    (
+        "ppo.py",
+        "sums = torch.stack([mask.sum(), exact.sum(), exact.square().sum()])",
+        "sums = torch.stack([mask[0].sum(), exact[0].sum(), exact[0].square().sum()])",
+        PPO,
+        "variance_1",
+    ),
+    ("ppo.py", "[mask.sum(), exact", "[torch.tensor(mask.numel()), exact", PPO, "variance_1"),
+    ("ppo.py", "return mask * (advantage", "return (advantage", PPO, "variance_1"),
+    ("ppo.py", "mean**2 + 1e-8", "mean**2", PPO, "variance_1"),
+    (
+        "ppo.py",
+        "= run.average(sums).tolist()",
+        "= sums.tolist()",
+        RANKS,
+        "gradients_losses and ppo",
+    ),
+    ("ppo.py", "(returns.shape[1] - 1)", "returns.shape[1]", PPO, "eq5"),
+    ("ppo.py", "keepdim=True) - returns) /", "keepdim=True)) /", PPO, "eq5"),
+    ("ppo.py", "return returns - others", "return others - returns", PPO, "eq5"),
+    ("ppo.py", "return -torch.min(ratio", "return -torch.max(ratio", PPO, "eq3_clips"),
+    ("ppo.py", "return -torch.min(ratio", "return torch.min(ratio", PPO, "eq3_where"),
+    ("ppo.py", "near * advantage)", "ratio * advantage)", PPO, "eq3_clips"),
+    ("ppo.py", "log_ratio = log_ratio.sum(2, keepdim=True)", "pass", PPO, "one_action"),
+    ("ppo.py", "errors = torch.max(", "errors = torch.min(", PPO, "eq4"),
+    (
+        "ppo.py",
+        "errors = torch.max((values - returns).square(), (near - returns).square())",
+        "errors = (values - returns).square()",
+        PPO,
+        "eq4",
+    ),
+    ("ppo.py", 'models["value"] = value', "pass", PPO, "reaches and gae"),
+    ("ppo.py", "returns = advantage + old_values", "returns = advantage", PPO, "reaches and gae"),
+    ("ppo.py", "advantage = whitened(run, advantage, mask)", "pass", PPO, "gradient_of_a_step"),
+    (
+        "ppo.py",
+        "run.average(mask.sum()) / len(prompts)",
+        "mask.sum() / len(prompts)",
+        RANKS,
+        "gradients_losses and ppo",
+    ),
+    ("ppo.py", "part_loss /= actions", "part_loss /= n", PPO, "gradient_of_a_step"),
     # common.py: rows
     (
         "common.py",
@@ -378,6 +439,9 @@ MUTANTS = [
     ("common.py", "        logits = logits / temperature", "        pass", CORE, "bug01 and llama"),
     ("common.py", "entropy = -torch.linalg", "entropy = torch.linalg", CORE, "bug01 and llama"),
     ("common.py", "len(targets) * vocabulary > MOST_LOGITS", "False", CORE, "kept_or"),
+    ("common.py", "logprobs, self.longest)", "logprobs)", PPO, "stand_as"),
+    ("common.py", "torch.arange(self.longest) <", "torch.arange(self.longest) >=", PPO, "stand_as"),
+    ("common.py", "states[rows.before].float()", "states[rows.before].float() * 2", PPO, "a_value"),
     # common.py: sampling
     (
         "common.py",
@@ -573,7 +637,18 @@ MUTANTS = [
         "kl_estimates",
     ),
     ("common.py", "(ratio.exp() - 1 - ratio)", "(ratio.exp() - 1 + ratio)", BRAIN, "kl_estimates"),
+    ("common.py", '_choose_rows("--value-model", name, value)', "pass", PPO, "ones_own"),
     # plumbing
+    ("plumbing/models.py", "torch.nn.init.zeros_(module.score.weight)", "pass", PPO, "ones_own"),
+    ("plumbing/models.py", "require(same, f", "require(True, f", PPO, "does_not_fit"),
+    ("plumbing/models.py", "model.shared_rows = policy.shared_rows", "pass", PPO, "plain_rows"),
+    (
+        "plumbing/models.py",
+        'info["missing_keys"] - ({"score.weight"} if new_head else set())',
+        'info["missing_keys"] - {"score.weight"}',
+        BAD,
+        "cannot_be_used and score",
+    ),
     ("plumbing/models.py", "module.to(device).eval()", "module.to(device).train()", CORE, "bug09"),
     (
         "plumbing/models.py",

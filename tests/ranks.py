@@ -31,10 +31,11 @@ import brain  # noqa: E402
 import common  # noqa: E402
 import dpo  # noqa: E402
 import gdc  # noqa: E402
+import ppo  # noqa: E402
 import wind  # noqa: E402
 from plumbing import models as loading  # noqa: E402
 
-SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond)}
+SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond, ppo)}
 RUNS = {  # of four steps, by name: (script, folder of the world, flags)
     "brain": ("brain", "llama", {"refresh_every": 2}),
     "gdc": ("gdc", "llama", {"test_every": 2}),
@@ -48,9 +49,12 @@ RUNS = {  # of four steps, by name: (script, folder of the world, flags)
     "bond gpt_neox": ("bond", "gpt_neox", {}),
     "brain lora": ("brain", "llama", {"refresh_every": 2, "lora_rank": 4, "checkpointing": True}),
     "bond lora": ("bond", "gpt2", {"lora_rank": 4}),
+    "ppo": ("ppo", "llama", {"updates_per_sample": 2}),
+    "ppo rloo": ("ppo", "llama", {"advantage": "rloo", "updates_per_sample": 2}),
+    "ppo lora": ("ppo", "gpt2", {"lora_rank": 4, "micro_batch": 1}),
 }
 WORLDS = ["llama", "gpt_neox", "gpt2"]  # gpt2 has tied embeddings
-RESUMED = ["brain", "brain gpt2", "gdc running", "bond", "brain lora"]
+RESUMED = ["brain", "brain gpt2", "gdc running", "bond", "brain lora", "ppo", "ppo lora"]
 
 
 def make_worlds(folder: Path) -> None:
@@ -411,7 +415,7 @@ def check_unused_weight(folder: Path, rank: int) -> list:
         policy = common.load_policy(run, common.load_tokenizer("--policy", sft))
         policy.module.unused = torch.nn.Parameter(torch.ones(3))
         optimizer = torch.optim.AdamW(common.shard(policy).parameters(), 1e-2, fused=True)
-        done = run.open({"policy": policy}, optimizer)
+        done = run.open(torch.nn.ModuleDict({"policy": policy}), optimizer)
         if not resume_from:
             batch = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
             common.logprobs_and_entropy(policy, batch, 1.0)[0].sum().backward()

@@ -162,6 +162,7 @@ def test_proposal_and_anchor_are_sharded_too(both):
         assert runs["gdc"] == {"policy": True, "proposal": True}
         assert runs["brain"] == runs["wind"] == {"policy": True, "proposal": True}
         assert runs["bond"] == runs["bond copy"] == {"policy": True, "anchor": True}
+        assert runs["ppo"] == runs["ppo lora"] == {"policy": True, "value": True}
 
 
 def test_bytes_are_those_of_the_formula(both):

@@ -15,13 +15,14 @@ import brain
 import common
 import dpo
 import gdc
+import ppo
 import wind
 from analyze import performance
 from plumbing import models as loading
 from plumbing import report
 from plumbing.cache import GrowingLayer
 
-SCRIPTS = {"brain": brain, "gdc": gdc, "dpo": dpo, "wind": wind, "bond": bond}
+SCRIPTS = {"brain": brain, "gdc": gdc, "dpo": dpo, "wind": wind, "bond": bond, "ppo": ppo}
 PROMPTS, RESPONSES = (
     [[5, 6, 7, 8], [9, 10]],
     [
@@ -231,14 +232,14 @@ def test_the_page_on_performance_is_up_to_date():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_phase_times_and_tokens_a_second_are_those_of_the_wall_clock(script, tmp_path, monkeypatch):
     """Slow fakes add known seconds to each phase; log and wall clock must agree."""
-    slow = {"sample": 0.20, "score": 0.10, "logprobs_and_entropy": 0.15}
+    slow = {"sample": 0.20, "score": 0.10, "token_logprobs_and_entropy": 0.15}
     calls, tokens = dict.fromkeys(slow, 0), []
 
     def slowed(name: str):
         inner = getattr(common, name)
 
         def outer(*args, **kwargs):
-            if name != "logprobs_and_entropy" or torch.is_grad_enabled():
+            if name != "token_logprobs_and_entropy" or torch.is_grad_enabled():
                 time.sleep(slow[name])
                 calls[name] += 1
             return inner(*args, **kwargs)
@@ -291,7 +292,7 @@ def test_phase_times_and_tokens_a_second_are_those_of_the_wall_clock(script, tmp
     module.main(args)
     line = json.loads(Path(args.run_dir, "metrics.jsonl").read_text().splitlines()[-1])
     times = [line[f"time/{phase}_s"] for phase in ("sample", "score", "update")]
-    least = [calls["sample"] * slow["sample"], slow["score"], slow["logprobs_and_entropy"]]
+    least = [calls["sample"] * slow["sample"], slow["score"], slow["token_logprobs_and_entropy"]]
     for spent, floor in zip(times, least):
         assert floor <= spent < floor + 0.35
     wall = begin[1] - begin[0]

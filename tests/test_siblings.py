@@ -1,4 +1,4 @@
-"""The five scripts side by side: one frame, few differences, the same behaviour around the method."""
+"""The six scripts side by side: one frame, few differences, the same behaviour around the method."""
 
 import ast
 import dataclasses
@@ -21,11 +21,12 @@ import brain
 import common
 import dpo
 import gdc
+import ppo
 import wind
 from analyze.differences import differing_lines
 
 ROOT = Path(brain.__file__).parent
-SCRIPTS = [brain, gdc, dpo, wind, bond]
+SCRIPTS = [brain, gdc, dpo, wind, bond, ppo]
 NAMES = [script.__name__ for script in SCRIPTS]
 VARIANTS = [  # the first of each script runs in plain `pytest`, the others in `pytest -m slow`
     (brain, {}),
@@ -33,6 +34,7 @@ VARIANTS = [  # the first of each script runs in plain `pytest`, the others in `
     (dpo, {"loss": "slic"}),
     (wind, {"refresh_every": 2}),
     (bond, {}),
+    (ppo, {}),
 ]
 MORE_VARIANTS = [
     (brain, {"estimator": "no-self-norm"}),
@@ -51,6 +53,8 @@ MORE_VARIANTS = [
     (bond, {"gamma": 1.0, "updates_per_sample": 2}),
     (bond, {"anchor": "copy", "eta": 0.5, "anchor_samples": 3, "best_of": 3}),
     (bond, {"anchor": "fixed", "anchor_samples": 4, "best_of": 3}),
+    (ppo, {"updates_per_sample": 2, "gae_lambda": 0.5}),
+    (ppo, {"advantage": "rloo", "updates_per_sample": 2}),
 ]
 
 
@@ -61,7 +65,7 @@ def ids(variants) -> list[str]:
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SHARED_FILES = [ROOT / "common.py", *PLUMBING]
 PRODUCT = [*SHARED_FILES, *(ROOT / f"{name}.py" for name in NAMES)]
-TITLES = {brain: "BRAIn", gdc: "GDC", dpo: "DPO", wind: "WIND", bond: "BOND"}
+TITLES = {brain: "BRAIn", gdc: "GDC", dpo: "DPO", wind: "WIND", bond: "BOND", ppo: "PPO"}
 SHARED_SECTIONS = ("set up", "start", "score", "log", "evaluate", "save", "finish")
 NO_TOKENS = {getattr(tokenize, x) for x in "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()}
 
@@ -143,11 +147,11 @@ def test_budget_of_a_script(script):
 
 @pytest.mark.parametrize("first, second", itertools.combinations(NAMES, 2))
 def test_budget_of_differences(first, second):
-    """Two scripts differ in at most 110 lines."""
-    assert differing_lines(first, second) <= 110
+    """Two scripts differ in at most 110 lines; 120 with ppo.py, which has a second loss."""
+    assert differing_lines(first, second) <= (120 if "ppo" in (first, second) else 110)
 
 
-@pytest.mark.parametrize("paths, most", [(SHARED_FILES[:1], 563), (PLUMBING, 975)])
+@pytest.mark.parametrize("paths, most", [(SHARED_FILES[:1], 587), (PLUMBING, 996)])
 def test_budget_of_what_is_shared(paths, most):
     """Lines of code, of common.py and of plumbing/ in all; comments and docstrings are free."""
     assert sum(len(code_lines(path)) for path in paths) <= most
@@ -198,7 +202,7 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", SHARED_FILES, ids=[path.name for path in SHARED_FILES])
 def test_what_is_shared_names_no_method(path):
     """No method, no β, no advantage; the embedded default is unknown as well."""
-    methods = r"\b(brain|gdc|dpg|dpo|slic|wind|bond|beta|advantage|tiny)\b"
+    methods = r"\b(brain|gdc|dpg|dpo|slic|wind|bond|ppo|rloo|beta|advantage|tiny)\b"
     assert not re.search(methods, path.read_text(), re.I)
 
 
@@ -209,6 +213,7 @@ OWN_FLAGS = {
     "dpo": ["beta", "loss", "pairs", "max_pair_tokens", "margin", "reference_weight"],
     "wind": ["beta", "eta", "preference", "risk", "refresh_every"],
     "bond": ["anchor", "best_of", "anchor_samples", "jeffreys", "eta", "gamma"],
+    "ppo": ["beta", "advantage", "value_model", "gae_lambda", "clip", "value_weight"],
 }
 SHARED_FLAGS = """policy reward_model reward_eos missing_eos_penalty dataset template
     chat_template_kwargs prompts_per_step samples_per_prompt
@@ -244,6 +249,7 @@ def test_same_flag_same_type():
             if field.name in ("beta", "eta", "refresh_every") or field.name in SHARED_FLAGS:
                 assert types.setdefault(field.name, str(field.type)) == str(field.type)
     assert brain.Args().beta == gdc.Args().beta == dpo.Args().beta  # τ of the same target
+    assert ppo.Args().beta == brain.Args().beta  # β of the same target
 
 
 def test_help_screens_differ_in_the_methods_flags_only(monkeypatch, capsys):
@@ -270,7 +276,7 @@ def test_help_screens_differ_in_the_methods_flags_only(monkeypatch, capsys):
 
 
 # ── equations ──
-EQUATIONS = {"brain": 4, "gdc": 4, "dpo": 3, "wind": 5, "bond": 8}
+EQUATIONS = {"brain": 4, "gdc": 4, "dpo": 3, "wind": 5, "bond": 8, "ppo": 5}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
@@ -334,7 +340,7 @@ def documented() -> set[str]:
 
 
 def test_nothing_is_documented_that_no_script_logs(world, tmp_path):
-    """The keys of the five scripts together are those of docs/metrics.md, no more and no less."""
+    """The keys of the six scripts together are those of docs/metrics.md, no more and no less."""
     more = {gdc: {"test_every": 2}}
     keys = [
         set().union(*run(script, world, tmp_path / script.__name__, **more.get(script, {}))[0])
@@ -406,6 +412,10 @@ def check_variant(world, tmp_path, script, more):
         (bond, {"best_of": 3}, "--best-of 3"),
         (bond, {"anchor_samples": 3}, "--anchor ema"),
         (bond, {"anchor": "copy", "eta": 0.0}, "--eta"),
+        (ppo, {"gae_lambda": 1.5}, "--gae-lambda 1.5"),
+        (ppo, {"clip": 0.0}, "--clip 0.0"),
+        (ppo, {"advantage": "rloo", "samples_per_prompt": 1}, "--samples-per-prompt 1"),
+        (ppo, {"advantage": "rloo", "value_model": "rm"}, "--value-model rm"),
     ],
 )
 def test_flags_that_do_not_fit_the_method(world, tmp_path, capsys, script, flags, message):

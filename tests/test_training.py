@@ -23,12 +23,13 @@ import brain
 import common
 import dpo
 import gdc
+import ppo
 import wind
 from analyze import export
 from plumbing import models as loading
 from plumbing.run import whole_weights
 
-SCRIPTS = [brain, gdc, dpo, wind, bond]
+SCRIPTS = [brain, gdc, dpo, wind, bond, ppo]
 NAMES = [script.__name__ for script in SCRIPTS]
 ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "gemma2"]
 REFUSED = ("mixtral", "qwen3_moe", "falcon_h1")
@@ -281,6 +282,7 @@ VARIANTS = [
     (wind, {"refresh_every": 1}),
     (bond, {"updates_per_sample": 2}),
     (bond, {"anchor": "copy", "eta": 1.0}),
+    (ppo, {"updates_per_sample": 2}),
 ]
 
 
@@ -332,7 +334,9 @@ def test_a_run_with_adapters(world, tmp_path, monkeypatch, variant):
             assert weights and all(".lora_" in key for key in weights), name
     for moments in state["optimizer"]["state"].values():
         assert moments["exp_avg"].dtype == torch.float32
-    assert len(state["optimizer"]["state"]) == len(state["policy"])
+    adapters = [key for key in state.get("value", {}) if ".lora_" in key]
+    assert len(state["optimizer"]["state"]) == len(state["policy"]) + len(adapters)
+    assert (script is ppo) == (len(adapters) > 0)
 
     half = stopped(script, flags(world), tmp_path / "half", 2, monkeypatch, **more)
     resume(script, half)
@@ -353,17 +357,22 @@ def test_a_run_with_adapters(world, tmp_path, monkeypatch, variant):
 @pytest.mark.parametrize("more", one_per_script([{}, {}, {"updates_per_sample": 3}])[1:])
 def test_an_anchor_of_adapters_follows(world, tmp_path, more):
     """As (8) says, factor by factor; what lies below stays, to the last bit."""
-    moved, bases = [], []
+    moved, bases, policies = [], [], []
+
+    def shard(model):
+        policies.append(model)
+        return model
 
     def step(optimizer, *inputs, original=torch.optim.AdamW.step, **named):
         out = original(optimizer, *inputs, **named)
-        weights = optimizer.param_groups[0]["params"]
+        weights = list(policies[-1].parameters())
         moved.append([w.detach().clone() for w in weights if w.requires_grad])
         bases.append([w.detach().clone() for w in weights if not w.requires_grad])
         return out
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(common, "shard", shard)
         state = load_state(run(bond, flags(world), tmp_path / "run", eta=0.25, **more))
     start = start_weights(world)
     assert len(moved) == 4 * more.get("updates_per_sample", 1)
@@ -429,7 +438,7 @@ def test_pure_bfloat16_trains_adapters_only(world, tmp_path, capsys, script):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", one_per_script([bond, brain, gdc, dpo, wind]))
+@pytest.mark.parametrize("script", one_per_script([bond, brain, gdc, dpo, wind, ppo]))
 def test_a_base_in_bfloat16(world, tmp_path, script):
     """With adapters in float32, which move by steps that bfloat16 would lose."""
     args = replace(flags(world), dtype="bfloat16", lr=1e-6)
@@ -567,7 +576,7 @@ def test_a_model_without_blocks_is_refused(capsys):
 
 
 # ── longer runs ──
-@pytest.mark.parametrize("script", one_per_script([brain, gdc, dpo, wind, bond]))
+@pytest.mark.parametrize("script", one_per_script([ppo, brain, gdc, dpo, wind, bond]))
 def test_steps_may_grow(world, tmp_path, capsys, script):
     """4 steps, then 12, is the run of 12, bit for bit: 40 prompts, 4 a step, so that the fewer steps
     read a part of them and the more begin a second lap. args.json and final/ follow."""

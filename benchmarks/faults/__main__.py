@@ -1,6 +1,6 @@
 """Kills, full disks, damaged files and bad numbers: what each script makes of them.
 
-    python -m benchmarks.faults [--scripts brain gdc dpo wind bond] [--kills 32]
+    python -m benchmarks.faults [--scripts brain gdc dpo wind bond ppo] [--kills 32]
                                 [--faults kills disk files processes clock numbers data]
 
 Every fault hits the real main() of a script, on small flags, in a forked process. A run that was

@@ -90,7 +90,7 @@ def nan_gradient(inside: bool) -> Callable:
     """NaN in the gradient in update 5, of the log-probs or inside the model."""
 
     def prepare():
-        read, calls = common.logprobs_and_entropy, itertools.count(1)
+        read, calls = common.token_logprobs_and_entropy, itertools.count(1)
 
         def spoiled(model, batch, temperature, *more):
             if not torch.is_grad_enabled() or next(calls) != 5:
@@ -102,7 +102,7 @@ def nan_gradient(inside: bool) -> Callable:
             logprobs, entropy = read(model, batch, temperature, *more)
             return BadGradient.apply(logprobs), entropy
 
-        common.logprobs_and_entropy = spoiled
+        common.token_logprobs_and_entropy = spoiled
 
     return prepare
 
