@@ -259,7 +259,7 @@ def _states(
         "use_cache": cache is not None,
     }
     with model.autocast():
-        if model.end_tokens and not model.shared_rows:
+        if not (model.scores_tokens or model.shared_rows):
             return model.module(**inputs).logits
         return model.module.base_model(**inputs).last_hidden_state
 
