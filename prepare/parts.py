@@ -1,7 +1,7 @@
 """What surrounds `sft.py` and `reward.py` and explains neither.
 
-Batches of one length, shares of the held-out rows, a score in the place of a head, and the table of
-calibration.
+Batches of one length, shares of the held-out rows, pairs that differ, a score in the place of a
+head, and the table of calibration.
 """
 
 import copy
@@ -51,6 +51,18 @@ def share(prompts: list[Prompt], run: common.Run) -> tuple[list[Prompt], int]:
     most = -(-len(prompts) // run.world)
     mine = list(islice(cycle(prompts), run.rank, most * run.world, run.world))
     return mine, len(prompts[run.rank :: run.world])
+
+
+def usable_pairs(dataset: str, prompts: list[Prompt], what: str) -> list[Prompt]:
+    """The prompts whose chosen and rejected responses differ; ends the run if one has no pair."""
+    for prompt in prompts:
+        pair = prompt.chosen is not None and prompt.rejected is not None
+        where = f"--dataset {dataset}: the prompt {prompt.text[-60:]!r} has no"
+        common.require(pair, f"{where} chosen and rejected response")
+    kept = [prompt for prompt in prompts if prompt.chosen != prompt.rejected]
+    print(f"{len(kept):,} {what} pairs; dropped {len(prompts) - len(kept):,} of equal responses")
+    common.require(kept, f"--dataset {dataset}: no {what} pair of unlike responses")
+    return kept
 
 
 def with_score(policy: common.Model) -> common.Model:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import common
 from plumbing.data import Prompt, policy_layout
-from prepare.parts import batch_of, calibration, say_calibration, share, with_score
+from prepare.parts import batch_of, calibration, say_calibration, share, usable_pairs, with_score
 
 
 @dataclass
@@ -117,18 +117,6 @@ def accuracy(rewards: Tensor) -> Tensor:
     return 0.5 + 0.5 * torch.sign(rewards[:, 0] - rewards[:, 1])
 
 
-def usable(args: Args, prompts: list[Prompt], what: str) -> list[Prompt]:
-    """The prompts whose chosen and rejected responses differ; ends the run if one has no pair."""
-    for prompt in prompts:
-        pair = prompt.chosen is not None and prompt.rejected is not None
-        where = f"--dataset {args.dataset}: the prompt {prompt.text[-60:]!r} has no"
-        common.require(pair, f"{where} chosen and rejected response")
-    kept = [prompt for prompt in prompts if prompt.chosen != prompt.rejected]
-    print(f"{len(kept):,} {what} pairs; dropped {len(prompts) - len(kept):,} of equal responses")
-    common.require(kept, f"--dataset {args.dataset}: no {what} pair of unlike responses")
-    return kept
-
-
 def length(prompt: Prompt) -> int:
     """Characters, which say well enough how many tokens there will be."""
     return len(prompt.text) + max(len(prompt.chosen), len(prompt.rejected))
@@ -174,8 +162,8 @@ def main(args: Args) -> dict[str, float]:
     run = common.Run(args, __file__)
     tokenizer = common.load_tokenizer("--policy", args.policy)
     train_prompts, held_out = common.load_prompts(args, tokenizer)
-    train_prompts = usable(args, train_prompts, "training")
-    held_out = sorted(usable(args, held_out, "held-out"), key=length)
+    train_prompts = usable_pairs(args.dataset, train_prompts, "training")
+    held_out = sorted(usable_pairs(args.dataset, held_out, "held-out"), key=length)
     model = with_score(common.load_policy(run, tokenizer))
     layout = policy_layout(args, tokenizer)
     reward_model = common.RewardModel(
