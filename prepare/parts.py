@@ -36,10 +36,8 @@ def batch_of(prompts: list[Prompt], step: int, args, size: Callable) -> list[Pro
     pool = islice(cycle(order), first * per_step, min(first + POOL, batches) * per_step)
     pool = sorted(pool, key=size)
     starts = range(0, len(pool), per_step)
-    starts = random.Random(common.seed_of(args.seed, "pool", epoch, first)).sample(
-        starts, len(starts)
-    )
-    start = starts[place - first]
+    draw = random.Random(common.seed_of(args.seed, "pool", epoch, first))
+    start = draw.sample(starts, len(starts))[place - first]
     return pool[start : start + per_step]
 
 

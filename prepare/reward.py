@@ -90,7 +90,7 @@ class Args:
     track: Literal["none", "wandb", "trackio"] = "none"
     """tracker to send the metrics to as well; by default nothing leaves the machine"""
 
-    # Bradley-Terry
+    # reward
     center: float = 0.0
     """c, the weight of the term that draws the rewards of a pair to a mean of 0, as 0.01"""
 
