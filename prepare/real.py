@@ -296,6 +296,7 @@ def fine_tune(model, tokenizer, reviews: list[Review], count: int, work: Path) -
             policy=save(model, tokenizer, work / "start"),
             dataset=str(work / "data"),
             prompts_per_step=BATCH,
+            max_response_tokens=128,
             steps=-(-count // BATCH),
             lr=1e-4,
             warmup_steps=30,

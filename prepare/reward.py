@@ -10,7 +10,7 @@ et al., NeurIPS 2022, 2203.02155):
 (1) leaves a constant per prompt open. The second term of (2) draws it to where the two rewards of a
 pair have the mean 0 (Eisenstein et al., 2023, 2312.09244). c = --center; rewards are [P, 2].
 
-    python -m prepare.reward                           # on the embedded pairs
+    python -m prepare.reward                           # the embedded pairs: too few to learn from
     python -m prepare.reward --policy SFT --dataset PAIRS --lr 1e-5 --steps 1000 --center 0.01
 
 It reads what `dpo.py --pairs dataset` reads: `prompt`, `chosen`, `rejected`, or the last two with

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -497,7 +498,7 @@ def test_two_processes_are_one(world, tmp_path):
 
 # ── who uses them ──
 def test_sft_learns_on_the_tiny_world(tmp_path):
-    """From random weights, 50 steps of 32 of its 1,400 reviews: from above log V to below 2 nats."""
+    """From random weights, 50 steps of 32 of its 1,400 reviews: by 2.5 nats per token at the least."""
     tokenizer = tiny.make_tokenizer()
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(tiny.make_config(tokenizer))
@@ -508,8 +509,20 @@ def test_sft_learns_on_the_tiny_world(tmp_path):
 
 
 def test_the_reward_model_learns_on_the_tiny_world(tmp_path):
-    """On its 1,400 pairs, of whose labels some are noise."""
-    evaluation = run(reward, {}, tmp_path / "run", steps=100, eval_every=100)
+    """Which of two writers' reviews has the higher gold score, of 2,240 pairs without noise."""
+    rng = random.Random(0)
+    rows = []
+    while len(rows) < 2_240 + 256:
+        prompt = tiny.write_prompt(rng)
+        pair = sorted(
+            [tiny.write_review(rng, prompt) for _ in range(2)],
+            key=lambda review: tiny.gold_score(prompt, review),
+        )
+        rows.append({"prompt": prompt, "chosen": " " + pair[1], "rejected": " " + pair[0]})
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows[256:])
+    write_jsonl(tmp_path / "data" / "test.jsonl", rows[:256])
+    flags = {"dataset": str(tmp_path / "data"), "lr": 3e-3, "steps": 70, "eval_every": 70}
+    evaluation = run(reward, flags, tmp_path / "run")
     first = read_log(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["eval/loss"] == pytest.approx(math.log(2)) and first["eval/accuracy"] == 0.5
     assert evaluation["eval/accuracy"] > 0.7
@@ -561,7 +574,7 @@ def test_the_real_policy_is_made_by_sft(tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
     save(tmp_path / "base", make_model("llama", len(tokenizer)), tokenizer)
     (tmp_path / "base" / "LICENSE").write_text("Apache License")
-    reviews = [real.Review("the film so very", " was good", 0.0)] * real.TRAINED
+    reviews = [real.Review("film so very so", " was good", 0.0)] * real.TRAINED
     said = real.write_policy(tmp_path / "base", reviews, 40, tmp_path / "policy")
     before, after = map(float, said[0].split("loss ")[1].split(" nats")[0].split(" -> "))
     assert said[0].startswith("SFT on 40 reviews") and after < before - 1e-3
