@@ -33,11 +33,9 @@ def main(args: Args) -> Path:
     about, path = run / "args.json", run / "checkpoint" / "state.pt"
     require(about.exists(), f"{run}: it has no args.json, so it is no run folder")
     require(path.exists(), f"{run}: it has no checkpoint yet")
-    about, no_flags = (
-        json.loads(about.read_text()),
-        {"temperature": 1.0, "chat_template_kwargs": "{}"},
-    )
-    flags = SimpleNamespace(**no_flags | about["args"])  # prepare/ has no flags for these
+    about = json.loads(about.read_text())
+    not_in_prepare = {"temperature": 1.0, "chat_template_kwargs": "{}"}  # where they are no flags
+    flags = SimpleNamespace(**not_in_prepare | about["args"])
     saved = read_checkpoint(str(path), path, mmap=True)
     folder = run / f"step-{saved['step']}"
     require(not folder.exists(), f"{folder} exists already")

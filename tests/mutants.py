@@ -797,7 +797,7 @@ MUTANTS = [
     ("prepare/parts.py", "[place - first]", "[0]", PREPARE, "epoch"),
     ("prepare/parts.py", "if epoch:  # they", "if False:  # they", PREPARE, "epoch"),
     ("prepare/parts.py", "draw.sample(starts, len(starts))", "starts", PREPARE, "epoch"),
-    ("prepare/parts.py", "-(-len(prompts) // run.world)", "len(prompts)", PREPARE, "shares"),
+    ("prepare/parts.py", "-(-len(prompts) // run", "(len(prompts) // run", PREPARE, "shares"),
     ("prepare/parts.py", "if prompt.chosen != prompt.rejected", "", PREPARE, "without_what"),
     ("prepare/parts.py", "init.zeros_(score", "init.ones_(score", PREPARE, "fresh_score"),
     ("prepare/parts.py", "module.peft_config = lm.peft_config", "pass", PREPARE, "final_scores"),
