@@ -42,7 +42,10 @@ def world(tmp_path_factory):
     make_world(folder)
     for split in ("train", "test"):
         path = folder / "data" / f"{split}.jsonl"
-        write_jsonl(path, [row | PAIR for row in read_log(path)])
+        rows = [row | PAIR for row in read_log(path)]
+        for i, row in enumerate(rows):  # of 1 to 4 words: two processes have unlike shares
+            row["completion"] += " very" * (i % 4)
+        write_jsonl(path, rows)
     return {
         "policy": str(folder / "sft"),
         "dataset": str(folder / "data"),
