@@ -282,7 +282,7 @@ def _forward(model: Model, tokens: Tensor, position: Tensor, mask, cache=None) -
         "use_cache": cache is not None,
     }
     with model.autocast():
-        if model.own_head and model.end_tokens:
+        if model.own_head and not model.scores_tokens:
             return model.module(**inputs).logits
         return model.module.base_model(**inputs).last_hidden_state
 

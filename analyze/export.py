@@ -17,6 +17,7 @@ import tyro
 import common
 from plumbing.models import load_tokenizer, write_model
 from plumbing.run import explained, read_checkpoint, require, whole_weights
+from prepare.parts import with_score
 
 
 @dataclass
@@ -32,13 +33,17 @@ def main(args: Args) -> Path:
     about, path = run / "args.json", run / "checkpoint" / "state.pt"
     require(about.exists(), f"{run}: it has no args.json, so it is no run folder")
     require(path.exists(), f"{run}: it has no checkpoint yet")
-    flags = SimpleNamespace(**json.loads(about.read_text())["args"])
+    about = json.loads(about.read_text())
+    not_in_prepare = {"temperature": 1.0, "chat_template_kwargs": "{}"}  # where they are no flags
+    flags = SimpleNamespace(**not_in_prepare | about["args"])
     saved = read_checkpoint(str(path), path, mmap=True)
     folder = run / f"step-{saved['step']}"
     require(not folder.exists(), f"{folder} exists already")
 
     tokenizer = load_tokenizer("--policy", flags.policy)
     policy = common.load_policy(SimpleNamespace(args=flags, device=torch.device("cpu")), tokenizer)
+    if about["script"] == "reward.py":
+        policy = with_score(policy)
     with explained(f"{path} does not fit {flags.policy}"):
         policy.load_state_dict(policy.state_dict() | saved["policy"])
     with explained(f"{folder}: cannot write"):

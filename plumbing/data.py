@@ -244,7 +244,7 @@ class _Reader:
         response = args.max_response_tokens
         self.limit = args.max_prompt_tokens or room("--policy", args.policy) - response
         self.reward = None
-        if not is_function(args.reward_model):
+        if args.reward_model and not is_function(args.reward_model):
             self.reward = reward_layout(args)
             self.reward_limit = room("--reward-model", args.reward_model) - response
 
@@ -329,11 +329,8 @@ def _is_chat(part) -> bool:
 
 
 def _is_message(item) -> bool:
-    return (
-        isinstance(item, dict)
-        and isinstance(item.get("role"), str)
-        and isinstance(item.get("content"), str)
-    )
+    texts = ("role", "content")
+    return isinstance(item, dict) and all(isinstance(item.get(text), str) for text in texts)
 
 
 def _answer(part: str | list[dict] | None) -> str | None:

@@ -16,10 +16,10 @@ import torch
 PANELS = {
     "reward": ("reward/mean", "eval/reward"),
     "KL from the start model, nats": ("kl/ref", "eval/kl"),
-    "win rate": ("eval/win_rate",),
+    "win rate, accuracy": ("eval/win_rate", "eval/accuracy"),
     "tokens per response": ("length/mean", "eval/length"),
     "entropy, nats per token": ("entropy/token",),
-    "loss": ("loss",),
+    "loss": ("loss", "eval/loss"),
 }
 
 
@@ -77,6 +77,7 @@ def plot(folder: Path) -> None:
     lines = read_lines(folder / "metrics.jsonl")
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, PANELS.items()):
+        axis.set_visible(any(key in line for key in keys for line in lines))
         for key in keys:
             steps = [line["step"] for line in lines if key in line]
             values = [line[key] for line in lines if key in line]

@@ -34,7 +34,7 @@ POSITIVE = (
     "updates_per_sample lr max_grad_norm eval_every eval_prompts save_every"
 ).split()  # numbers that must be more than 0; all others may be 0
 FORMAT = 4  # of checkpoints: raised when what they hold changes
-HEADLINE = ("reward/mean", "kl/ref", "eval/reward", "eval/kl", "eval/win_rate")
+HEADLINE = "reward/mean kl/ref eval/loss eval/accuracy eval/reward eval/kl eval/win_rate".split()
 
 
 # ── Mistakes in flags, files and data ─────────────────────────────────────────────────────────────
@@ -102,7 +102,9 @@ def parse_args(args_class, argv: list[str] | None = None):
     args = tyro.cli(args_class, args=words)
     if not args.resume:
         named = {word.split("=")[0].replace("_", "-") for word in words}
-        missing = [f for f in ("--reward-model", "--dataset", "--lr") if f not in named]
+        needed = ["--reward-model"] * bool(args.reward_model)  # which prepare/ has not
+        needed += ["--dataset", "--lr"]
+        missing = [flag for flag in needed if flag not in named]
         require(
             args.policy == args_class.policy or not missing,
             f"--policy {args.policy}: name {', '.join(missing)} as well, whose defaults are made "
@@ -437,7 +439,7 @@ class Run:
         shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
         self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
-        if "eval/reward" in metrics:
+        if any(name.startswith("eval/") for name in metrics):
             self.bar.write(f"step {step:4}  {shown}")
 
     # ── the end ──
@@ -449,9 +451,11 @@ class Run:
     def stop(self, step: int) -> None:
         """Ends an interrupted run."""
         self._leave()
+        place = self.script.parent.resolve()
+        script = self.script.name if place == ROOT else f"-m {place.name}.{self.script.stem}"
         said = (
             f"stopped after step {step}; for the model: python -m analyze.export {self.folder}; to "
-            f"continue: python {self.script.name} --resume {self.folder}"
+            f"continue: python {script} --resume {self.folder}"
         )
         raise SystemExit(1 if self.rank else said)
 

@@ -25,7 +25,7 @@ text only, and the judges' ratings, which no other part sees.
 
 import hashlib
 import io
-import json
+import math
 import random
 import re
 import shutil
@@ -54,8 +54,10 @@ from transformers import (
     set_seed,
 )
 
+from plumbing.report import read_lines
 from plumbing.run import ROOT, require
-from prepare.tiny import encode, sample, train
+from prepare import sft
+from prepare.tiny import encode, sample, save, write_rows
 
 HELD_OUT, TRAINED = 1_200, 8_000  # where the rows of each use end
 BATCH = 16
@@ -247,8 +249,7 @@ def write_data(reviews: list[Review], out: Path) -> list[str]:
     train = [reviews[i] for i in range(TRAINED, len(reviews)) if long[i]]
     train = [review for review in train if review.prompt not in seen]
     for split, part in (("train", train), ("test", test)):
-        lines = "".join(json.dumps(review._asdict()) + "\n" for review in part)
-        (out / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        write_rows(out / f"{split}.jsonl", [review._asdict() for review in part])
     return [f"{len(train)} prompts to train on, {len(test)} held out"]
 
 
@@ -259,17 +260,8 @@ def in_batches(reviews: list[Review]) -> list[list[Review]]:
     return random.Random(0).sample(batches, len(batches))
 
 
-def fit(model, name: str, lr: float, loss: Callable, tokenizer, reviews: list[Review]) -> None:
-    """One epoch of loss(model, tokenizer, batch)."""
-    queue = iter(batches := in_batches(reviews))
-    if batches:
-        train(
-            model, name, len(batches), lr, lambda: loss(model, tokenizer, next(queue)), fused=True
-        )
-
-
 def encoded(tokenizer, reviews: list[Review]) -> dict[str, Tensor]:
-    """The reviews as padded rows, with an end token; labels on all behind the prompt."""
+    """The reviews as padded rows, with an end token."""
     return encode(tokenizer, [r.prompt for r in reviews], [r.completion for r in reviews])
 
 
@@ -291,28 +283,28 @@ def agreement(scores: Tensor, reviews: list[Review]) -> str:
     )
 
 
-def save(model, tokenizer, source: Path, out: Path) -> None:
-    """A checkpoint folder, under the licence of what it was made from."""
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    shutil.copy(source / "LICENSE", out)
-
-
 # ── policy ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sft_loss(model, tokenizer, reviews: list[Review]) -> Tensor:
-    """Nats per token of completion and end token."""
-    batch = encoded(tokenizer, reviews)
-    labels = batch.pop("labels")[:, 1:]
-    return F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels.flatten())
-
-
-@torch.no_grad()
-def held_out_loss(model, tokenizer, reviews: list[Review]) -> float:
-    """The same of held-out reviews: the mean over batches of one length."""
-    losses = [sft_loss(model, tokenizer, part) for part in in_batches(reviews)]
-    return torch.stack(losses).mean().item()
+def fine_tune(model, tokenizer, reviews: list[Review], count: int, work: Path) -> Path:
+    """One epoch of `sft.py` on the first `count` reviews behind the held-out ones; its folder."""
+    for split, part in (("train", reviews[HELD_OUT:TRAINED][:count]), ("test", reviews[:200])):
+        write_rows(work / "data" / f"{split}.jsonl", [review._asdict() for review in part])
+    run = work / "run"
+    sft.main(
+        sft.Args(
+            policy=save(model, tokenizer, work / "start"),
+            dataset=str(work / "data"),
+            prompts_per_step=BATCH,
+            max_response_tokens=128,
+            steps=-(-count // BATCH),
+            lr=1e-4,
+            warmup_steps=30,
+            weight_decay=0.01,
+            run_dir=str(run),
+        )
+    )
+    return run
 
 
 def write_policy(base: Path, reviews: list[Review], count: int, out: Path) -> list[str]:
@@ -322,15 +314,20 @@ def write_policy(base: Path, reviews: list[Review], count: int, out: Path) -> li
     tokenizer.pad_token, tokenizer.chat_template = "<|endoftext|>", None
     model = AutoModelForCausalLM.from_pretrained(base)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    test = reviews[:200]
-    before = held_out_loss(model, tokenizer, test)
-    fit(model, "sft", 1e-4, sft_loss, tokenizer, reviews[HELD_OUT:TRAINED][:count])
-    after = held_out_loss(model, tokenizer, test)
-    prompts = [review.prompt for review in test[:64]]
+    said = f"SFT on {count} reviews"
+    if count:
+        with tempfile.TemporaryDirectory() as work:
+            run = fine_tune(model, tokenizer, reviews, count, Path(work))
+            log = read_lines(run / "metrics.jsonl")
+            model = AutoModelForCausalLM.from_pretrained(run / "final")
+        before, after = log[0]["eval/loss"], log[-1]["eval/loss"]
+        said += f": held-out loss {before:.3f} -> {after:.3f} nats per token"
+    prompts = [review.prompt for review in reviews[:64]]
     texts, ended = sample(model, tokenizer, prompts)
-    save(model, tokenizer, base, out)
+    save(model, tokenizer, out)
+    shutil.copy(base / "LICENSE", out)
     return [
-        f"SFT on {count} reviews: held-out loss {before:.3f} -> {after:.3f} nats per token",
+        said,
         f"{sum(ended)} of {len(ended)} samples end within 48 tokens",
         *(f"{prompt} **{' '.join(text.split())}**" for prompt, text in zip(prompts[:5], texts)),
     ]
@@ -355,6 +352,27 @@ def reward_loss(reward, tokenizer, reviews: list[Review]) -> Tensor:
     return F.mse_loss(read, ratings_of(reviews) / 2)
 
 
+def fit(reward, tokenizer, reviews: list[Review]) -> None:
+    """One epoch of AdamW, with warm-up and cosine decay.
+
+    A rating is a number and no choice between two responses: `reward.py` has no loss for it.
+    """
+    batches = in_batches(reviews)
+    optimizer = torch.optim.AdamW(
+        reward.parameters(), lr=2e-4, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    for step, batch in enumerate(batches):
+        left = (1 + math.cos(math.pi * step / len(batches))) / 2
+        optimizer.param_groups[0]["lr"] = 2e-4 * min(1, (step + 1) / 30) * (0.02 + 0.98 * left)
+        loss = reward_loss(reward, tokenizer, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reward.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % max(1, len(batches) // 20) == 0:
+            print(f"reward step {step + 1:4d}  loss {loss.item():.3f}", flush=True)
+
+
 def write_reward(policy: Path, reviews: list[Review], count: int, out: Path) -> list[str]:
     """The policy's lower layers with a score; returns what was measured."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -365,11 +383,12 @@ def write_reward(policy: Path, reviews: list[Review], count: int, out: Path) -> 
     reward.requires_grad_(False)
     for part in (*reward.model.layers[FROZEN:], reward.model.norm, reward.score):
         part.requires_grad_(True)
-    fit(reward, "reward", 2e-4, reward_loss, tokenizer, reviews[HELD_OUT:TRAINED][:count])
+    fit(reward, tokenizer, reviews[HELD_OUT:TRAINED][:count])
     batches = in_batches(reviews[:HELD_OUT])
     with torch.no_grad():
         at_end, at_cut = torch.cat([scores(reward, tokenizer, part) for part in batches], 1)
-    save(reward, tokenizer, policy, out)
+    save(reward, tokenizer, out)
+    shutil.copy(policy / "LICENSE", out)
     test = [review for part in batches for review in part]
     error = F.mse_loss(at_end, ratings_of(test) / 2)
     return [

@@ -21,24 +21,29 @@ falls that optimises the reward model too hard.
 
 What is made, in this order:
 
-1. `sft/`     a two-layer Llama and a word-level tokenizer, trained on the writers' reviews.
+1. `sft/`     a two-layer Llama and a word-level tokenizer, trained on the writers' reviews by
+              `sft.py`.
 2. `data/`    prompts with a writer's review (`completion`) and two samples of the SFT model, told
               apart by the gold score with Bradley-Terry noise (`chosen`, `rejected`).
-3. `reward/`  the SFT model's body with a scalar head on the end token, trained on such pairs only:
-              it never sees a gold score.
+3. `reward/`  the SFT model's body below a score, trained on such pairs only by `reward.py`: it
+              never sees a gold score.
 4. `README.md`  what was measured: the checks that make this a usable problem.
+
+The committed `assets/tiny/` was made when this file had training loops of its own, with other
+batches and another β₂ of AdamW: this makes such a world again, and not those bytes.
 """
 
 import json
 import math
 import random
 import re
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -49,6 +54,8 @@ from transformers import (
     set_seed,
 )
 
+from prepare import reward, sft
+
 
 @dataclass
 class Args:
@@ -56,7 +63,7 @@ class Args:
 
     out: str = "assets/tiny"  # folder to write
     seed: int = 1  # everything is drawn from it
-    sft_steps: int = 600  # steps of 48 fresh reviews
+    sft_steps: int = 600  # steps of 48 reviews, each of which is read once
     reward_steps: int = 1_000  # steps of 64 preference pairs
     reward_pairs: int = 42_000  # pairs to train the reward model; data/ keeps the first train_rows
     train_rows: int = 1_400
@@ -197,7 +204,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, **more) -> LlamaConfig:
+def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """Two layers of width 96: about 225,000 parameters."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -211,46 +218,19 @@ def make_config(tokenizer: PreTrainedTokenizerFast, **more) -> LlamaConfig:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **more,
     )
 
 
 def encode(tokenizer, prompts: list[str], responses: list[str]) -> dict[str, torch.Tensor]:
-    """Rows of prompt + response + end token, padded on the right; labels on the last two."""
+    """Rows of prompt + response + end token, padded on the right."""
     heads, tails = tokenizer(prompts).input_ids, tokenizer(responses).input_ids
     rows = [head + tail + [tokenizer.eos_token_id] for head, tail in zip(heads, tails, strict=True)]
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), width), -100)
-    for i, (head, row) in enumerate(zip(heads, rows, strict=True)):
+    for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-        labels[i, len(head) : len(row)] = torch.tensor(row[len(head) :])
     mask = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
-
-
-def train(
-    model: torch.nn.Module, name: str, steps: int, lr: float, next_loss, fused: bool | None = None
-) -> None:
-    """AdamW with warm-up and cosine decay on what `next_loss()` gives."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=fused
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda t: min(1, (t + 1) / 30) * (0.02 + 0.98 * (1 + math.cos(math.pi * t / steps)) / 2),
-    )
-    model.train()
-    for step in range(1, steps + 1):
-        loss = next_loss()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % max(1, steps // 20) == 0 or step == steps:
-            print(f"{name} step {step:4d}  loss {loss.item():.3f}", flush=True)
-    model.eval()
+    return {"input_ids": ids, "attention_mask": mask.long()}
 
 
 @torch.no_grad()
@@ -269,12 +249,12 @@ def sample(model, tokenizer, prompts: list[str], rows: int = 512) -> tuple[list[
 
 
 @torch.no_grad()
-def score(reward, tokenizer, prompts: list[str], responses: list[str]) -> torch.Tensor:
+def score(model, tokenizer, prompts: list[str], responses: list[str]) -> torch.Tensor:
     """The reward model's score of each response, read at its end token."""
     scores = []
     for i in range(0, len(prompts), 512):
         batch = encode(tokenizer, prompts[i : i + 512], responses[i : i + 512])
-        scores.append(reward(batch["input_ids"], batch["attention_mask"]).logits[:, 0])
+        scores.append(model(**batch).logits[:, 0])
     return torch.cat(scores)
 
 
@@ -299,12 +279,25 @@ def make_rows(rng, model, tokenizer, prompts: list[str]) -> list[dict[str, str]]
     return rows
 
 
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Writes a .jsonl file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save(model, tokenizer, folder: Path) -> str:
+    """Writes a checkpoint; returns its folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def columns(rows: list[dict[str, str]], *names: str) -> list[list[str]]:
     """The named columns, each a list of texts."""
     return [[row[name] for row in rows] for name in names]
 
 
-def measure(model, reward, tokenizer, test: list[dict], pairs: list[dict], n: int = 64) -> dict:
+def measure(model, judge, tokenizer, test: list[dict], pairs: list[dict], n: int = 64) -> dict:
     """What a method starts from, and how far it can get."""
     prompts, references = columns(test, "prompt", "completion")
     repeated = [prompt for prompt in prompts for _ in range(n)]
@@ -313,14 +306,14 @@ def measure(model, reward, tokenizer, test: list[dict], pairs: list[dict], n: in
     def gold(prompts: list[str], texts: list[str]) -> torch.Tensor:
         return torch.tensor([gold_score(*pair) for pair in zip(prompts, texts, strict=True)])
 
-    rewards, golds = score(reward, tokenizer, repeated, responses), gold(repeated, responses)
+    rewards, golds = score(judge, tokenizer, repeated, responses), gold(repeated, responses)
     correlation = torch.corrcoef(torch.stack([rewards, golds]))[0, 1].item()
     reward_std, length = rewards.std().item(), sum(map(len, tokenizer(responses).input_ids))
     rewards, golds = rewards.view(-1, n), golds.view(-1, n)
-    reward_bar, gold_bar = score(reward, tokenizer, prompts, references), gold(prompts, references)
+    reward_bar, gold_bar = score(judge, tokenizer, prompts, references), gold(prompts, references)
     best = rewards.argmax(1, keepdim=True)
     where, chosen, rejected = columns(pairs, "prompt", "chosen", "rejected")
-    right = win_rate(*(score(reward, tokenizer, where, side) for side in (chosen, rejected)))
+    right = win_rate(*(score(judge, tokenizer, where, side) for side in (chosen, rejected)))
     ceiling = win_rate(gold(where, chosen), gold(where, rejected))
     return {
         "SFT samples against the references, win rate by the reward model": win_rate(
@@ -365,6 +358,12 @@ Samples of the start model:
 
 def main(args: Args) -> dict[str, float]:
     """Makes everything, and returns what was measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        return make(args, Path(folder))
+
+
+def make(args: Args, work: Path) -> dict[str, float]:
+    """The same; what it needs on the way lies in the folder `work`."""
     start = time.time()
     set_seed(args.seed)
     rng = random.Random(args.seed)
@@ -381,19 +380,33 @@ def main(args: Args) -> dict[str, float]:
                 found[prompt] = None
         return list(found)
 
+    def write_reviews(prompts: list[str]) -> list[dict[str, str]]:
+        return [{"prompt": p, "completion": " " + write_review(rng, p)} for p in prompts]
+
     held_out = new_prompts(args.test_rows)
     test_prompts.update(held_out)
 
     # 1. the SFT model: cross-entropy on the writers' reviews
-    model = LlamaForCausalLM(make_config(tokenizer))
-
-    def sft_loss() -> torch.Tensor:
-        prompts = new_prompts(48)
-        batch = encode(tokenizer, prompts, [write_review(rng, prompt) for prompt in prompts])
-        labels = batch.pop("labels")[:, 1:]
-        return F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels.flatten())
-
-    train(model, "sft", args.sft_steps, 5e-3, sft_loss)
+    reviews = new_prompts(48 * args.sft_steps)
+    write_rows(work / "reviews" / "train.jsonl", write_reviews(reviews))
+    write_rows(work / "reviews" / "test.jsonl", write_reviews(held_out))
+    sft.main(
+        sft.Args(
+            policy=save(LlamaForCausalLM(make_config(tokenizer)), tokenizer, work / "random"),
+            dataset=str(work / "reviews"),
+            prompts_per_step=48,
+            steps=args.sft_steps,
+            lr=5e-3,
+            warmup_steps=30,
+            weight_decay=0.01,
+            seed=args.seed,
+            eval_every=100,
+            save_every=args.sft_steps,
+            run_dir=str(work / "sft"),
+        )
+    )
+    shutil.copytree(work / "sft" / "final", out / "sft", dirs_exist_ok=True)
+    model = LlamaForCausalLM.from_pretrained(out / "sft")
 
     # 2. the data: references and preference pairs
     train_rows = make_rows(rng, model, tokenizer, new_prompts(args.reward_pairs))
@@ -401,33 +414,34 @@ def main(args: Args) -> dict[str, float]:
     more_pairs = make_rows(rng, model, tokenizer, new_prompts(2_000))  # for a sharper accuracy
 
     # 3. the reward model: Bradley-Terry on the pairs
-    reward = LlamaForSequenceClassification(make_config(tokenizer, num_labels=1))
-    reward.model.load_state_dict(model.model.state_dict())
-    torch.nn.init.zeros_(reward.score.weight)
+    body = LlamaForCausalLM.from_pretrained(out / "sft")
     with torch.no_grad():  # the SFT model never read its end token: start from the one like it
-        embeddings = reward.get_input_embeddings().weight
+        embeddings = body.get_input_embeddings().weight
         embeddings[tokenizer.eos_token_id] = embeddings[tokenizer.convert_tokens_to_ids(".")]
-    queue: list[dict[str, str]] = []
+    write_rows(work / "pairs" / "train.jsonl", train_rows)
+    write_rows(work / "pairs" / "test.jsonl", more_pairs)
+    reward.main(
+        reward.Args(
+            policy=save(body, tokenizer, work / "body"),
+            dataset=str(work / "pairs"),
+            prompts_per_step=64,
+            steps=args.reward_steps,
+            lr=1.2e-3,
+            warmup_steps=30,
+            weight_decay=0.01,
+            seed=args.seed,
+            eval_every=200,
+            save_every=args.reward_steps,
+            run_dir=str(work / "reward"),
+        )
+    )
+    shutil.copytree(work / "reward" / "final", out / "reward", dirs_exist_ok=True)
+    judge = LlamaForSequenceClassification.from_pretrained(out / "reward")
 
-    def reward_loss() -> torch.Tensor:
-        if len(queue) < 64:  # all pairs once more, in a new order
-            queue[:] = rng.sample(train_rows, len(train_rows))
-        pairs = columns([queue.pop() for _ in range(64)], "prompt", "chosen", "rejected")
-        batch = encode(tokenizer, pairs[0] * 2, pairs[1] + pairs[2])
-        rewards = reward(batch["input_ids"], batch["attention_mask"]).logits[:, 0]
-        return -F.logsigmoid(rewards[:64] - rewards[64:]).mean()
-
-    train(reward, "reward", args.reward_steps, 1.2e-3, reward_loss)
-
-    # 4. write everything, and measure
-    for part, network in (("sft", model), ("reward", reward)):
-        network.save_pretrained(out / part)
-        tokenizer.save_pretrained(out / part)
-    (out / "data").mkdir(exist_ok=True)
-    for split, rows in (("train", train_rows[: args.train_rows]), ("test", test_rows)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / "data" / f"{split}.jsonl").write_text(lines)
-    numbers = measure(model, reward, tokenizer, test_rows, more_pairs)
+    # 4. write the data, and measure
+    write_rows(out / "data" / "train.jsonl", train_rows[: args.train_rows])
+    write_rows(out / "data" / "test.jsonl", test_rows)
+    numbers = measure(model, judge, tokenizer, test_rows, more_pairs)
     texts = sample(model, tokenizer, held_out[:5])[0]
     readme = README.format(
         **vars(args),

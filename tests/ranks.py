@@ -34,6 +34,7 @@ import gdc  # noqa: E402
 import ppo  # noqa: E402
 import wind  # noqa: E402
 from plumbing import models as loading  # noqa: E402
+from prepare import reward, sft  # noqa: E402
 
 SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond, ppo)}
 RUNS = {  # of four steps, by name: (script, folder of the world, flags)
@@ -232,6 +233,17 @@ def resume(script, run: Path) -> None:
 def check_runs(folder: Path, rank: int) -> dict:
     """Every run; the run folder that rank 1 would write has another name."""
     return {name: train(*args_of(folder, name, folder / f"two {name} {rank}")) for name in RUNS}
+
+
+def check_prepare(folder: Path, rank: int) -> dict:
+    """A run of each script of prepare/, where the flags for it lie in the folder."""
+    flags, seen = folder / "flags.json", {}
+    for script in (sft, reward) if flags.exists() else ():
+        name = Path(script.__file__).stem
+        args = script.Args(**json.loads(flags.read_text()))
+        args.run_dir = str(folder / f"two {name} {rank}")
+        seen[name] = train(script, args)
+    return seen
 
 
 def check_one_held_out_prompt(folder: Path, rank: int):
