@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # Okabe and Ito's colours: readers who are colour-blind tell them apart.
-COLOURS = "0072B2 D55E00 009E73 CC79A7 E69F00 56B4E9 000000".split()
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.prop_cycle": f"cycler('color', {COLOURS})"}
 PANELS = {
     "reward": ("reward/mean", "eval/reward"),

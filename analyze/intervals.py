@@ -1,0 +1,34 @@
+"""Intervals over the held-out prompts, and the win rate at equal length."""
+
+import numpy
+
+RESAMPLES = 1000  # of the bootstrap
+
+
+def interval(statistic, *values: list[float], seed: int = 1) -> dict[str, float]:
+    """value, low and high of statistic(*values), whose arrays [..., P] become [...]."""
+    arrays = [numpy.array(part, dtype=float) for part in values]
+    count = len(arrays[0])
+    drawn = numpy.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    low, high = numpy.quantile(statistic(*(array[drawn] for array in arrays)), [0.025, 0.975])
+    return {"value": float(statistic(*arrays)), "low": float(low), "high": float(high)}
+
+
+def mean(values: numpy.ndarray) -> numpy.ndarray:
+    """Mean over the prompts."""
+    return values.mean(-1)
+
+
+def length_controlled(wins: numpy.ndarray, gaps: numpy.ndarray) -> numpy.ndarray:
+    """Win rate at equal length, of wins and gaps d in tokens, [..., P] each."""
+    spread = gaps.std(-1, keepdims=True)
+    x = numpy.tanh(gaps / numpy.where(spread > 0, spread, 1))
+    features = numpy.stack([numpy.ones_like(x), x], -1)  # [..., P, 2]
+    weights, penalty = numpy.zeros(features[..., 0, :].shape), 1e-3
+    for _ in range(25):  # Newton's method on the log-likelihood of (1)
+        p = 1 / (1 + numpy.exp(-(features @ weights[..., None])[..., 0]))
+        slope = ((wins - p)[..., None] * features).sum(-2) - penalty * weights
+        curvature = numpy.swapaxes(features, -1, -2) @ (features * (p * (1 - p))[..., None])
+        curvature = curvature + penalty * numpy.eye(2)
+        weights = weights + numpy.linalg.solve(curvature, slope[..., None])[..., 0]
+    return 1 / (1 + numpy.exp(-weights[..., 0]))
