@@ -76,22 +76,20 @@ class Args:
 # ── Runs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_flags(folder: str) -> SimpleNamespace:
-    """The flags of a run."""
-    about = Path(folder, "args.json")
-    require(about.exists(), f"{folder}: it has no args.json, so it is no run folder")
+def read_about(folder: str) -> tuple[str, SimpleNamespace]:
+    """(the script, its flags) of a run."""
+    path = Path(folder, "args.json")
+    require(path.exists(), f"{folder}: it has no args.json, so it is no run folder")
     with explained(f"{folder}: args.json is damaged"):
-        return SimpleNamespace(**json.loads(about.read_text())["args"])
+        about = json.loads(path.read_text())
+        return Path(about["script"]).stem, SimpleNamespace(**about["args"])
 
 
-def read_runs(folders: list[str]) -> tuple[dict[str, Path], SimpleNamespace]:
-    """(final/ of each run, by its name; the flags that all of them share)."""
+def shared_flags(folders: list[str]) -> SimpleNamespace:
+    """The flags of runs that can be compared, for sampling from plain weights."""
     require(folders, "name a run folder")
-    flags = [read_flags(folder) for folder in folders]
+    flags = [read_about(folder)[1] for folder in folders]
     for folder, other in zip(folders, flags):
-        require(
-            Path(folder, "final").exists(), f"{folder}: it has no final/, so it is not finished"
-        )
         for name in SAME:
             ours, theirs = getattr(flags[0], name), getattr(other, name)
             flag = f"--{name.replace('_', '-')}"
@@ -100,21 +98,28 @@ def read_runs(folders: list[str]) -> tuple[dict[str, Path], SimpleNamespace]:
     shared = SimpleNamespace(**vars(flags[0]))
     shared.eval_prompts = min(other.eval_prompts for other in flags)
     shared.steps, shared.lora_rank, shared.checkpointing, shared.dtype = 1, 0, False, "mixed"
+    return shared
+
+
+def find_finals(folders: list[str]) -> dict[str, Path]:
+    """final/ of each run, by its name."""
+    for folder in folders:
+        require(Path(folder, "final").exists(), f"{folder}: it has no final/, so it is unfinished")
     names = [Path(folder).resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(Path(folder)) for folder in folders]
     require(len(set(names)) == len(names), f"{' '.join(folders)}: a run folder is named twice")
-    return {name: Path(folder, "final") for name, folder in zip(names, folders)}, shared
+    return {name: Path(folder, "final") for name, folder in zip(names, folders)}
 
 
-def read_prompts(args: Args, flags: SimpleNamespace, tokenizer) -> list[common.Prompt]:
-    """The held-out prompts, each with a completion to be compared with."""
+def read_prompts(most: int, flags: SimpleNamespace, tokenizer) -> list[common.Prompt]:
+    """The held-out prompts, at most `most` if not 0, each with a completion to compare with."""
     require(
-        args.prompts <= flags.eval_prompts,
-        f"--prompts {args.prompts}: a run has held out {flags.eval_prompts}, and may have trained "
+        0 <= most <= flags.eval_prompts,
+        f"--prompts {most}: a run has held out {flags.eval_prompts}, and may have trained "
         "on others",
     )
-    flags.eval_prompts = args.prompts or flags.eval_prompts
+    flags.eval_prompts = most or flags.eval_prompts
     _, prompts = common.load_prompts(flags, tokenizer)
     for prompt in prompts:
         missing = f"the prompt {prompt.text[:80]!r} has no completion to be compared with"
@@ -210,12 +215,13 @@ def judged(judge, answers: Answers, references: common.Batch, reader, seed: int)
 
 def main(args: Args) -> list[dict]:
     """Samples, judges, writes; returns the rows of eval.json."""
-    finals, flags = read_runs(args.runs)
+    flags = shared_flags(args.runs)
+    finals = find_finals(args.runs)
     require(args.best_of != 1 and args.best_of >= 0, f"--best-of {args.best_of}: must be 2 or more")
     out = Path(args.out or Path(args.runs[0], "eval"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = common.load_tokenizer("--policy", flags.policy)
-    prompts = read_prompts(args, flags, tokenizer)
+    prompts = read_prompts(args.prompts, flags, tokenizer)
     start = common.load_policy(SimpleNamespace(args=flags, device=device), tokenizer)
     with explained(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)

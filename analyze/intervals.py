@@ -1,4 +1,6 @@
-"""Intervals over the held-out prompts, and the win rate at equal length."""
+"""Intervals over the held-out prompts, the win rate at equal length, the best of N."""
+
+import math
 
 import numpy
 
@@ -32,3 +34,15 @@ def length_controlled(wins: numpy.ndarray, gaps: numpy.ndarray) -> numpy.ndarray
         curvature = curvature + penalty * numpy.eye(2)
         weights = weights + numpy.linalg.solve(curvature, slope[..., None])[..., 0]
     return 1 / (1 + numpy.exp(-weights[..., 0]))
+
+
+def best_of_mean(rewards: numpy.ndarray, values: numpy.ndarray, n: int) -> float:
+    """Mean over prompts and draws of the value of the best of n, from rewards and values [P, M].
+
+    All n of the M samples are equally likely to be drawn, so that the i-th smallest reward is the
+    best of n with probability C(i − 1, n − 1) / C(M, n).
+    """
+    count = rewards.shape[1]
+    chances = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
+    ranked = numpy.take_along_axis(values, rewards.argsort(1), 1)
+    return float((ranked * chances).sum(1).mean())
