@@ -22,9 +22,12 @@ def mean(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def length_controlled(wins: numpy.ndarray, gaps: numpy.ndarray) -> numpy.ndarray:
-    """Win rate at equal length, of wins and gaps d in tokens, [..., P] each."""
+    """Win rate at equal length, of wins and gaps d in tokens, [..., P] each.
+
+    Where all gaps are the same there is nothing to learn of the length: the plain win rate.
+    """
     spread = gaps.std(-1, keepdims=True)
-    x = numpy.tanh(gaps / numpy.where(spread > 0, spread, 1))
+    x = numpy.tanh(gaps / numpy.where(spread > 0, spread, numpy.inf))
     features = numpy.stack([numpy.ones_like(x), x], -1)  # [..., P, 2]
     weights, penalty = numpy.zeros(features[..., 0, :].shape), 1e-3
     for _ in range(25):  # Newton's method on the log-likelihood of (1)

@@ -50,7 +50,7 @@ BY_TEXT = (
     "Compare the two responses in one sentence. "
     'Then write a last line, which is "Verdict: A" or "Verdict: B".'
 )
-VERDICT = re.compile(r"(?i:verdict)?\W*(?i:response)?\W*\b([AB])\W*")  # a whole line
+VERDICT = re.compile(r"\W*(?i:verdict)?\W*(?i:response)?\W*\b([AB])\W*")  # a whole line
 LEAST = 0.1  # probability of A and B together below which a model answers something else
 AT_ONCE = 8  # questions to an address, and rows of a local model
 
