@@ -49,6 +49,7 @@ BAD, FAULTS, DATA, RESUMED = (
     path_of("resume"),
 )
 REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
+EVALUATE = path_of("evaluate")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
     "every_block": "check_shards",
     "final_is and gpt2": "check_runs",
@@ -757,6 +758,157 @@ MUTANTS = [
     ("prepare/real.py", "range(TRAINED, len(reviews))", "range(len(reviews))", REAL, "splits"),
     ("prepare/real.py", "y.mean() - x.mean(0) @ weight", "y.mean()", REAL, "ridge"),
     ("prepare/real.py", "ratings[:, None] - ratings > 1", "ratings[:, None] > ratings", REAL, ""),
+    # analyze/: judges, intervals, evaluations, pictures, the variance of a gradient
+    (
+        "analyze/judges.py",
+        "found = VERDICT.fullmatch(",
+        "found = VERDICT.search(",
+        EVALUATE,
+        "last_line",
+    ),
+    ("analyze/judges.py", "lines[-1].strip()", "lines[0].strip()", EVALUATE, "last_line"),
+    (
+        "analyze/judges.py",
+        "[Question(prompt, theirs, ours)",
+        "[Question(prompt, ours, theirs)",
+        EVALUATE,
+        "order or perfect",
+    ),
+    ("analyze/judges.py", '("B", "A"): 0.0', '("B", "A"): 1.0', EVALUATE, "perfect"),
+    (
+        "analyze/judges.py",
+        '2 * named.count("A") / len(named) - 1',
+        'named.count("A") / len(named)',
+        EVALUATE,
+        "order_alone or perfect",
+    ),
+    (
+        "analyze/judges.py",
+        "1 - len(named) / len(answers)",
+        "1 - len(named) / len(pairs)",
+        EVALUATE,
+        "pair_ties",
+    ),
+    ("analyze/judges.py", "        named,\n", "        True,\n", EVALUATE, "nonsense_ends"),
+    (
+        "analyze/judges.py",
+        "float(a > b) + 0.5 * (a == b)",
+        "float(a >= b)",
+        EVALUATE,
+        "equal_scores",
+    ),
+    (
+        "analyze/judges.py",
+        '"A" if a > b else "B"',
+        '"B" if a > b else "A"',
+        EVALUATE,
+        "likelier_letter",
+    ),
+    ("analyze/judges.py", "if a + b < LEAST:", "if False:", EVALUATE, "something_else"),
+    (
+        "analyze/judges.py",
+        "if len(prompt.tokens) < self.model.context",
+        "if True",
+        EVALUATE,
+        "longer_than",
+    ),
+    ("analyze/judges.py", 'x["model"] == self.model', "True", EVALUATE, "asked_once"),
+    ("analyze/judges.py", "code < 500 and code != 429", "False", EVALUATE, "busy"),
+    ("analyze/judges.py", "        if self.key:\n", "        if True:\n", EVALUATE, "asked_once"),
+    ("analyze/intervals.py", "[0.025, 0.975]", "[0.1, 0.9]", EVALUATE, "bootstrap"),
+    (
+        "analyze/intervals.py",
+        "size=(RESAMPLES, count)",
+        "size=(RESAMPLES, count // 2)",
+        EVALUATE,
+        "bootstrap",
+    ),
+    (
+        "analyze/intervals.py",
+        "weights = weights + numpy",
+        "weights = weights - numpy",
+        EVALUATE,
+        "eq1",
+    ),
+    (
+        "analyze/intervals.py",
+        "x = numpy.tanh(gaps / ",
+        "x = numpy.tanh(-0 * gaps / ",
+        EVALUATE,
+        "eq1",
+    ),
+    ("analyze/intervals.py", "spread, numpy.inf)", "spread, 1)", EVALUATE, "eq1"),
+    ("analyze/intervals.py", "math.comb(i, n - 1)", "math.comb(i, n)", EVALUATE, "subsets"),
+    (
+        "analyze/intervals.py",
+        "take_along_axis(values, rewards.argsort(1), 1)",
+        "take_along_axis(values, values.argsort(1), 1)",
+        EVALUATE,
+        "subsets",
+    ),
+    ("analyze/evaluate.py", "GREEDY = 1e-30", "GREEDY = 0.3", EVALUATE, "greedy_takes"),
+    (
+        "analyze/evaluate.py",
+        "rewards.argmax(1, keepdim=True)",
+        "rewards.argmin(1, keepdim=True)",
+        EVALUATE,
+        "best_of_n_has",
+    ),
+    (
+        "analyze/evaluate.py",
+        "(kl - common.logprobs(start,",
+        "(kl - common.logprobs(policy,",
+        EVALUATE,
+        "own_evaluation",
+    ),
+    ("analyze/evaluate.py", "require(ours == theirs,", "require(True,", EVALUATE, "bad_input"),
+    ("analyze/evaluate.py", "prompt.reference is not None", "True", EVALUATE, "missing"),
+    ("analyze/evaluate.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "own_evaluation"),
+    (
+        "analyze/plot.py",
+        "if all(step in other for other in values)",
+        "if step in values[0]",
+        EVALUATE,
+        "seeds_are",
+    ),
+    ("analyze/plot.py", 'OF_A_RUN = ("seed", ', "OF_A_RUN = (", EVALUATE, "seeds_are"),
+    ("analyze/plot.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "best_of_n"),
+    (
+        "analyze/plot.py",
+        "best_of_mean(ours, wins, n)",
+        "best_of_mean(wins, ours, n)",
+        EVALUATE,
+        "best_of_n",
+    ),
+    (
+        "analyze/gradient_variance.py",
+        "return -theta.grad",
+        "return theta.grad",
+        EVALUATE,
+        "within_5",
+    ),
+    (
+        "analyze/gradient_variance.py",
+        "(1 + (1 + mu) ** 2) - 1\n",
+        "(1 + (1 + mu) ** 2)\n",
+        EVALUATE,
+        "closed",
+    ),
+    (
+        "analyze/gradient_variance.py",
+        "2 * math.exp(mu**2 - mu)",
+        "math.exp(mu**2 - mu)",
+        EVALUATE,
+        "closed",
+    ),
+    (
+        "analyze/gradient_variance.py",
+        "log_density(samples, 0.0)",
+        "log_density(samples, 0.1)",
+        EVALUATE,
+        "target",
+    ),
+    ("plumbing/report.py", "with rc_context(STYLE):", "with rc_context({}):", EVALUATE, "colour"),
 ]
 
 
@@ -791,6 +943,8 @@ class Trial:
             shutil.copytree(ROOT / name, Path(self.folder.name, name))
         for name in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
             shutil.copy(name, self.folder.name)
+        Path(self.folder.name, "assets").mkdir()
+        Path(self.folder.name, "assets", "tiny").symlink_to(ROOT / "assets" / "tiny")
         Path(self.folder.name, file).write_text(source.replace(old, new))
         self.pid = os.fork()
         if self.pid == 0:

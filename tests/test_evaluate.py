@@ -20,6 +20,7 @@ from analyze import evaluate, gradient_variance, judges, plot
 from analyze.intervals import best_of_mean, interval, length_controlled, mean
 from analyze.judges import AddressJudge, Question, in_both_orders, verdict_of
 from analyze.win_rates import as_table
+from plumbing import report
 from plumbing.report import COLOURS, read_lines
 
 CPU = torch.device("cpu")
@@ -629,9 +630,16 @@ def test_plot_writes_pictures_with_the_best_of_n(run, tmp_path, capsys):
     assert "so it is no run folder" in capsys.readouterr().err
 
 
-def test_the_report_of_a_run_has_our_colours(run):
-    """plumbing.report draws with the same two functions."""
-    assert (run / "plots" / "training.png").stat().st_size > 20_000
+def test_pictures_have_colours_that_the_colour_blind_tell_apart(run):
+    """Those of plumbing.report, which draws a run's own picture with the same two functions."""
+    _, (first, second) = report.panels(1, 2, (4, 2))
+    for _ in range(2):
+        report.curve(first, read_lines(run / "metrics.jsonl"), "reward/mean")
+        report.curve(first, read_lines(run / "metrics.jsonl"), "eval/kl")
+    assert [line.get_color() for line in first.lines] == COLOURS[:4]
+    assert [line.get_marker() for line in first.lines] == ["None", "o"] * 2
+    assert [list(line.get_xdata()) for line in first.lines[:2]] == [[1, 2], [0, 2]]
+    assert not second.lines
 
 
 # ── the variance of a gradient estimate ──
