@@ -105,6 +105,7 @@ class Question:
     def text(self, criterion: str, ending: str) -> str:
         """What the judge reads."""
         parts = {"prompt": self.prompt, "first": self.first, "second": self.second}
+        parts = {name: part.strip() for name, part in parts.items()}
         return QUESTION.format(criterion=criterion, **parts) + ending
 
 
@@ -221,7 +222,7 @@ class AddressJudge:
         problem = f"--judge {self.name}: no answer; what is finished is kept in {self.kept.parent}"
         with (
             explained(problem),
-            open(self.kept, "a", encoding="utf-8") as file,
+            open(self.kept, "a", encoding="utf-8", buffering=1) as file,
             ThreadPoolExecutor(AT_ONCE) as pool,
         ):
             try:
@@ -235,7 +236,8 @@ class AddressJudge:
 
     def _known(self) -> dict[str, str]:
         """What this judge has answered before, by question."""
-        lines = read_lines(self.kept) if self.kept.exists() else []
+        with explained(f"{self.kept} is damaged; remove it, or its last line"):
+            lines = read_lines(self.kept) if self.kept.exists() else []
         ours = [x for x in lines if x["judge"] == self.name and x["model"] == self.model]
         return {line["question"]: line["answer"] for line in ours}
 

@@ -367,6 +367,11 @@ def test_answers_before_a_failure_are_kept(serve, tmp_path, monkeypatch, capsys)
     before = len(server.requests)
     assert len(judge_at(server, tmp_path).ask(questions)) == 6
     assert len(server.requests) == before + 4
+    with open(tmp_path / "verdicts.jsonl", "a") as file:
+        file.write('{"judge": "cut')
+    with pytest.raises(SystemExit):
+        judge_at(server, tmp_path).ask(questions)
+    assert "verdicts.jsonl is damaged" in capsys.readouterr().err
 
 
 # ── a run, from end to end ──
