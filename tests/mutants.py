@@ -872,13 +872,13 @@ MUTANTS = [
         "seeds_are",
     ),
     ("analyze/plot.py", 'OF_A_RUN = ("seed", ', "OF_A_RUN = (", EVALUATE, "seeds_are"),
-    ("analyze/plot.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "best_of_n"),
+    ("analyze/plot.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "begins_at"),
     (
         "analyze/plot.py",
         "best_of_mean(ours, wins, n)",
         "best_of_mean(wins, ours, n)",
         EVALUATE,
-        "best_of_n",
+        "begins_at",
     ),
     (
         "analyze/gradient_variance.py",

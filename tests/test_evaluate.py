@@ -438,7 +438,7 @@ def test_a_run_is_seen_as_its_own_evaluation_saw_it(run, tmp_path, serve, capsys
     plain = by(rows, model="SFT", decoding="temperature 1", judge="reward")
     assert best["score"]["value"] > plain["score"]["value"] + 0.3
     written = json.loads((out / "eval.json").read_text())
-    assert written["results"] == rows and written["prompts"] == 24 and written["commit"]
+    assert written["results"] == rows and written["prompts"] == 24 and "commit" in written
     assert (out / "table.md").read_text().strip() in printed
     assert (out / "picture.png").stat().st_size > 10_000
     outputs = json.loads((out / "outputs.json").read_text())
@@ -453,34 +453,41 @@ def test_a_run_is_seen_as_its_own_evaluation_saw_it(run, tmp_path, serve, capsys
     assert "| first, greedy |" in (out / "samples.md").read_text()
 
 
-def test_greedy_takes_the_likeliest_token_each_time(run):
-    """As a loop over the model's own logits does."""
+@pytest.fixture(scope="module")
+def loaded(run) -> tuple:
+    """(flags, tokenizer, prompts, SFT model, its judge by reward) of the run."""
     flags = evaluate.shared_flags([str(run)])
     tokenizer = common.load_tokenizer("--policy", flags.policy)
-    prompts = evaluate.read_prompts(6, flags, tokenizer)
-    policy = common.load_policy(SimpleNamespace(args=flags, device=CPU), tokenizer)
-    batch = evaluate.sample(policy, flags, prompts, 1, evaluate.GREEDY, seed=1)
-    for prompt, (response,) in zip(prompts, batch.responses):
+    prompts = evaluate.read_prompts(0, flags, tokenizer)
+    start = common.load_policy(SimpleNamespace(args=flags, device=CPU), tokenizer)
+    return (
+        flags,
+        tokenizer,
+        prompts,
+        start,
+        judges.score_judge("reward", flags, CPU, tokenizer, start),
+    )
+
+
+def test_greedy_takes_the_likeliest_token_each_time(loaded):
+    """As a loop over the model's own logits does."""
+    flags, _, prompts, start, _ = loaded
+    batch = evaluate.sample(start, flags, prompts[:6], 1, evaluate.GREEDY, seed=1)
+    for prompt, (response,) in zip(batch.prompts, batch.responses):
         ids = []
-        while len(ids) < flags.max_response_tokens and (
-            not ids or ids[-1] not in policy.end_tokens
-        ):
+        while len(ids) < flags.max_response_tokens and (not ids or ids[-1] not in start.end_tokens):
             row = torch.tensor([prompt.tokens + ids])
-            ids.append(policy.module(row).logits[0, -1].argmax().item())
+            ids.append(start.module(row).logits[0, -1].argmax().item())
         assert response == ids
 
 
-def test_the_best_of_n_has_the_highest_reward_of_the_samples(run):
-    flags = evaluate.shared_flags([str(run)])
-    tokenizer = common.load_tokenizer("--policy", flags.policy)
-    prompts = evaluate.read_prompts(8, flags, tokenizer)
-    policy = common.load_policy(SimpleNamespace(args=flags, device=CPU), tokenizer)
-    reward_model = judges.score_judge("reward", flags, CPU, tokenizer, policy).reward_model
-    answers = evaluate.best_of(8, policy, reward_model, flags, prompts, seed=1)
-    samples = evaluate.sample(policy, flags, prompts, 8, 1.0, seed=1)
-    best = common.score(reward_model, samples).max(1).values
-    assert torch.allclose(common.score(reward_model, answers.batch)[:, 0], best)
-    assert (common.score(reward_model, samples)[:, 0] < best).float().mean() > 0.5
+def test_the_best_of_n_has_the_highest_reward_of_the_samples(loaded):
+    flags, _, prompts, start, judge = loaded
+    answers = evaluate.best_of(8, start, judge.reward_model, flags, prompts[:8], seed=1)
+    samples = evaluate.sample(start, flags, prompts[:8], 8, 1.0, seed=1)
+    best = common.score(judge.reward_model, samples).max(1).values
+    assert torch.allclose(common.score(judge.reward_model, answers.batch)[:, 0], best)
+    assert (common.score(judge.reward_model, samples)[:, 0] < best).float().mean() > 0.5
 
 
 def refusal(capsys, *runs, **more) -> str:
@@ -619,17 +626,30 @@ def test_the_pictures_show_what_the_runs_say(tmp_path):
     assert {line.get_color() for line in first.lines} <= set(COLOURS)
 
 
+def test_the_curve_of_the_best_of_n_begins_at_the_samples_themselves(run, loaded):
+    """Of one: their mean reward and win rate; of more: higher, at a larger bound of the KL."""
+    flags, tokenizer, prompts, start, judge = loaded
+    best = plot.best_of_curve([str(run)], 6)
+    assert [point["n"] for point in best] == [1, 2, 4]
+    assert [point["kl_bound"] for point in best] == [0, math.log(2) - 1 / 2, math.log(4) - 3 / 4]
+    samples = evaluate.sample(start, flags, prompts, 6, 1.0, seed=1)
+    texts = [[prompt.reference] for prompt in prompts]
+    references = common.encode_responses(tokenizer, start, prompts, texts, 32)
+    ours = common.score(judge.reward_model, samples)
+    theirs = common.score(judge.reward_model, references)
+    wins = (ours > theirs) + 0.5 * (ours == theirs)
+    assert best[0]["eval/reward"] == pytest.approx(ours.mean().item(), abs=1e-4)
+    assert best[0]["eval/win_rate"] == pytest.approx(wins.mean().item(), abs=1e-3)
+    for key in ("eval/reward", "eval/win_rate"):
+        assert best[0][key] < best[1][key] < best[2][key]
+
+
 def test_plot_writes_pictures_with_the_best_of_n(run, tmp_path, capsys):
     out = plot.main(plot.Args(runs=[str(run)], best_of=4, out=str(tmp_path / "new" / "plots")))
     names = {
         f"{name}.{kind}" for name in ("curves", "frontier", "phases") for kind in ("png", "svg")
     }
     assert {path.name for path in out.iterdir()} == names
-    best = plot.best_of_curve([str(run)], 6)
-    assert [point["n"] for point in best] == [1, 2, 4]
-    assert best[2]["kl_bound"] == math.log(4) - 3 / 4 and best[0]["kl_bound"] == 0
-    assert best[0]["eval/reward"] < best[1]["eval/reward"] < best[2]["eval/reward"]
-    assert best[0]["eval/win_rate"] < best[1]["eval/win_rate"] < best[2]["eval/win_rate"] < 1
     with pytest.raises(SystemExit):
         plot.main(plot.Args(runs=[str(tmp_path)]))
     assert "so it is no run folder" in capsys.readouterr().err
