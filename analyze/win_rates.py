@@ -70,9 +70,10 @@ def draw(rows: list[dict], path: Path) -> None:
         elif "kl_bound" in row:  # the arrow: the KL is this or less
             right.errorbar(row["kl_bound"], rate["value"], bars(rate), **style | {"fmt": "<"})
         if place == 0 and ("kl" in row or "kl_bound" in row):
-            text = row["model"] + (f", {row['decoding']}" if "kl_bound" in row else "")
-            at = (row.get("kl", {}).get("value", row.get("kl_bound")), rate["value"])
-            right.annotate(text, at, xytext=(6, -12), textcoords="offset points", fontsize=9)
+            text = row["model"] if "kl" in row else row["decoding"]
+            at = (row["kl"]["value"] if "kl" in row else row["kl_bound"], rate["high"])
+            style = {"xytext": (2, 4), "textcoords": "offset points", "fontsize": 9}
+            right.annotate(text, at, rotation=40, **style)
     for place, judge in enumerate(judges):
         left.plot([], [], "o", color=COLOURS[place % 7], label=f"by {judge[-30:]}")
     left.axvline(0.5, color="grey", lw=1)
@@ -81,7 +82,7 @@ def draw(rows: list[dict], path: Path) -> None:
     left.set(xlabel="win rate against the completions, with 95 % intervals", xlim=(-0.02, 1.02))
     left.legend(fontsize=9)
     right.set(xlabel="KL from the SFT model, nats per response (◂: at most)", ylabel="win rate")
-    right.margins(x=0.2)
+    right.margins(x=0.2, y=0.25)  # room for the names
     figure.savefig(path, dpi=110)
 
 

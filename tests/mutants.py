@@ -871,6 +871,13 @@ MUTANTS = [
         EVALUATE,
         "seeds_are",
     ),
+    (
+        "analyze/judges.py",
+        '"reward_model": name, "missing_eos_penalty": 0.0',
+        '"reward_model": name',
+        EVALUATE,
+        "folder_a_function",
+    ),
     ("analyze/plot.py", 'OF_A_RUN = ("seed", ', "OF_A_RUN = (", EVALUATE, "seeds_are"),
     ("analyze/plot.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "begins_at"),
     (

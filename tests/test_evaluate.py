@@ -22,6 +22,7 @@ from analyze.judges import AddressJudge, Question, in_both_orders, verdict_of
 from analyze.win_rates import as_table
 from plumbing import report
 from plumbing.report import COLOURS, read_lines
+from prepare import tiny
 
 CPU = torch.device("cpu")
 
@@ -488,6 +489,31 @@ def test_the_best_of_n_has_the_highest_reward_of_the_samples(loaded):
     best = common.score(judge.reward_model, samples).max(1).values
     assert torch.allclose(common.score(judge.reward_model, answers.batch)[:, 0], best)
     assert (common.score(judge.reward_model, samples)[:, 0] < best).float().mean() > 0.5
+
+
+def test_a_judge_is_a_folder_a_function_or_the_gold_score(loaded, tmp_path):
+    """The runs' penalty for a cut response is in `reward`, and in no other judge."""
+    flags, tokenizer, prompts, start, own = loaded
+    samples = evaluate.sample(start, flags, prompts[:8], 2, 1.0, seed=1)
+    ours, theirs = (samples.choose(torch.full((8, 1), i)) for i in (0, 1))
+    ours.responses[0] = [ours.responses[0][0][:-1]]  # the first is cut
+    (tmp_path / "f.py").write_text(
+        "def f(prompts, responses): return [len(x) for x in responses]\n"
+    )
+    flags = SimpleNamespace(**vars(flags) | {"missing_eos_penalty": 100.0})
+
+    def facts(name: str) -> dict:
+        judge = judges.score_judge(name, flags, CPU, tokenizer, start)
+        return judge.compare(ours, theirs)[1]
+
+    folder, penalised = facts(flags.reward_model)["score"], facts("reward")["score"]
+    assert penalised[1:] == folder[1:]
+    assert penalised[0] == pytest.approx(folder[0] - 100)
+    texts = [tokenizer.decode(group[0], skip_special_tokens=True) for group in theirs.responses]
+    lengths = facts(f"{tmp_path / 'f.py'}:f")["reference_score"]
+    assert lengths == pytest.approx([len(text) for text in texts], abs=1)  # a space in front
+    gold = [tiny.gold_score(p.source, text) for p, text in zip(prompts, texts)]
+    assert facts("tiny")["reference_score"] == pytest.approx(gold)
 
 
 def refusal(capsys, *runs, **more) -> str:
