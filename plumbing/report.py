@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+# Okabe and Ito's colours: readers who are colour-blind tell them apart.
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
+STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.prop_cycle": f"cycler('color', {COLOURS})"}
 PANELS = {
     "reward": ("reward/mean", "eval/reward"),
     "KL from the start model, nats": ("kl/ref", "eval/kl"),
@@ -33,15 +36,13 @@ def about(run) -> dict:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:  # no git on this machine
         commit = ""
-    on_gpu = run.device.type == "cuda"
-    libraries = (torch, transformers, datasets)
     return {
         "script": run.script.name,
         "command": sys.argv,
         "args": asdict(run.args),
         "commit": commit,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "versions": {library.__name__: library.__version__ for library in libraries},
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+        "versions": {x.__name__: x.__version__ for x in (torch, transformers, datasets)},
     }
 
 
@@ -67,24 +68,31 @@ def _show(label: str, text: str) -> None:
     print(textwrap.fill(f"{label:14}{text}", 100, subsequent_indent=" " * 14))
 
 
+def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple:
+    """(figure, its axes in reading order), of `size` inches, in the style of all our pictures."""
+    from matplotlib import figure, rc_context
+
+    with rc_context(STYLE):
+        drawn = figure.Figure(figsize=size, layout="constrained")
+        return drawn, list(drawn.subplots(rows, columns, squeeze=False).flat)
+
+
+def curve(axis, lines: list[dict], key: str, **style) -> None:
+    """Draws a metric against the step, of the lines that have it, with a mark per evaluation."""
+    steps = [line["step"] for line in lines if key in line]
+    values = [line[key] for line in lines if key in line]
+    axis.plot(steps, values, "o-" if key.startswith("eval") else "-", ms=4, **style)
+
+
 def plot(folder: Path) -> None:
     """Draws plots/training.png from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines = read_lines(folder / "metrics.jsonl")
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, PANELS.items()):
+    figure, axes = panels(2, 3, (13, 6.5))
+    for axis, (title, keys) in zip(axes, PANELS.items()):
         axis.set_visible(any(key in line for key in keys for line in lines))
         for key in keys:
-            steps = [line["step"] for line in lines if key in line]
-            values = [line[key] for line in lines if key in line]
-            axis.plot(steps, values, "o-" if key.startswith("eval") else "-", label=key, ms=4)
+            curve(axis, lines, key, label=key)
         axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
         axis.legend()
     (folder / "plots").mkdir(exist_ok=True)
     figure.savefig(folder / "plots" / "training.png", dpi=100)
-    pyplot.close(figure)
