@@ -7,6 +7,7 @@ thinks of the same samples, and the first pairs of samples before and after, in 
 file, to real_samples.jsonl. The data set's own completions are other people's words: left out.
 """
 
+import resource
 import shlex
 import statistics
 import time
@@ -25,8 +26,8 @@ SHARED = (
     "--steps 40 --prompts-per-step 8 --max-response-tokens 24 --eval-prompts 128"
 )
 RUNS = {
-    "brain": f"brain.py {SHARED} --lr 5e-5 --beta 0.1",
-    "brain, LoRA": f"brain.py {SHARED} --lr 5e-4 --beta 0.1 --lora-rank 16",
+    "brain": f"brain.py {SHARED} --lr 1e-4 --beta 0.1",
+    "brain, LoRA": f"brain.py {SHARED} --lr 1e-3 --beta 0.1 --lora-rank 16",
     "dpo": f"dpo.py {SHARED} --lr 5e-5",
     "dpo, LoRA": f"dpo.py {SHARED} --lr 5e-4 --lora-rank 16",
 }
@@ -42,11 +43,14 @@ class Args:
 def main(args: Args) -> None:
     """Runs one after the other."""
     for name in args.runs:
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         with fresh.run(shlex.split(RUNS[name]), shown=True) as run:
             seconds = time.perf_counter() - begin
             metrics, samples = read_lines(run / "metrics.jsonl"), read_lines(run / "samples.jsonl")
         about = {"run": name, "command": f"python {RUNS[name]}", "seconds": round(seconds)}
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+        about["cpu_seconds"] = round(cpu)  # what a machine without other work would need
         about["threads"] = torch.get_num_threads()
         for line in metrics:
             if "eval/reward" in line:

@@ -31,6 +31,7 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 10  # of the slowest mutants
 
 
 def path_of(name: str) -> str:
@@ -868,10 +869,10 @@ class Trial:
     """A mutant in a copy of the code, and its tests in a process forked from this one."""
 
     def __init__(self, mutant: tuple[str, str, str, str, str]):
-        file, old, new, tests, words = mutant
+        self.mutant = file, old, new, tests, words = mutant
         self.folder = tempfile.TemporaryDirectory()
         source = (ROOT / file).read_text()
-        self.pid, self.wrong = 0, ""
+        self.pid, self.wrong, self.seconds = 0, "", 0.0
         if source.count(old) != 1:
             self.wrong = f"the old text occurs {source.count(old)} times"
             return
@@ -885,8 +886,9 @@ class Trial:
             os.environ["RANKS_CHECKS"] = CHECKS.get(words, "")
             become(self.folder.name, [tests, *["-k", words] * bool(words)])
 
-    def end(self, code: int) -> None:
+    def end(self, code: int, seconds: float) -> None:
         """Notes what is wrong with the exit code: all but 1 (0: no test failed; else: none ran)."""
+        self.seconds = seconds
         if code != 1:
             output = Path(self.folder.name, "output").read_text()
             self.wrong = f"pytest ended with {code}: {output[-200:]}"
@@ -902,14 +904,16 @@ def main() -> None:
             if trials[-1].pid:
                 running[trials[-1].pid] = trials[-1]
         else:
-            pid, status = os.wait()
-            running[pid].end(os.waitstatus_to_exitcode(status))
+            pid, status, used = os.wait3(0)
+            running[pid].end(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime)
             running.pop(pid).folder.cleanup()
     for (file, old, new, *_), trial in zip(wanted, trials, strict=True):
         if trial.wrong:
             print(f"SURVIVED ({trial.wrong}) {file}: {old!r} -> {new!r}")
     killed = sum(not trial.wrong for trial in trials)
-    print(f"killed {killed} of {len(wanted)}")
+    print(f"killed {killed} of {len(wanted)}; the slowest, in CPU seconds:")
+    for trial in sorted(trials, key=lambda trial: -trial.seconds)[:SHOWN]:
+        print(f"{trial.seconds:6.1f} s  {trial.mutant[0]}: {trial.mutant[1]!r}")
     raise SystemExit(killed < len(wanted))
 
 

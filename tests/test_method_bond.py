@@ -297,9 +297,9 @@ def test_j_bond_reaches_its_stationary_distribution_against_a_frozen_anchor(worl
         True,
         eta=0.0,
         jeffreys=b,
-        prompts_per_step=256,
-        lr=2e-3,
-        steps=250,
+        prompts_per_step=128 if b else 256,  # for b = 0 the best alone teaches, which is noisier
+        lr=5e-3,
+        steps=150,
     )
     assert distance(ref, goal) > 0.1 and distance(after, goal) < 0.02
 
@@ -324,9 +324,9 @@ def test_bond_reaches_best_of_n_of_the_start_model(world, tmp_path, b):
         best_of=4,
         anchor_samples=4,
         jeffreys=b,
-        prompts_per_step=128,
-        lr=2e-3,
-        steps=250,
+        prompts_per_step=64 if b else 192,
+        lr=5e-3,
+        steps=150,
     )
     assert distance(ref, goal) > 0.2 and distance(after, goal) < 0.02
 
@@ -369,10 +369,10 @@ def test_best_of_n_is_reached_where_much_probability_is_in_one_place(
         best_of=4,
         anchor_samples=32,
         jeffreys=b,
-        prompts_per_step=32,
+        prompts_per_step=16,
         samples_per_prompt=8,
-        lr=2e-3,
-        steps=250,
+        lr=5e-3,
+        steps=150,
     )
     assert distance(after, exact) < 0.02 < 0.1 < distance(without, exact)
 
