@@ -53,6 +53,7 @@ REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
 BFLOAT16 = path_of("bfloat16")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
     "every_block": "check_shards",
+    "same_bits": "check_mixed",
     "final_is and gpt2": "check_runs",
     "gathers_once": "check_sampling",
     "gradients_losses": "check_runs",
