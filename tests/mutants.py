@@ -58,6 +58,7 @@ PREPARE = path_of("prepare")
 EVALUATE = path_of("evaluate")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
     "every_block": "check_shards",
+    "same_bits": "check_mixed",
     "final_is and gpt2": "check_runs",
     "gathers_once": "check_sampling",
     "gradients_losses": "check_runs",

@@ -348,7 +348,7 @@ def check_plain_rows(folder: Path, rank: int) -> list:
     seen = []
     for shared in (True, False):
         policy = load(folder, "gpt2")[0]
-        policy.shared_rows = shared
+        policy.shared_rows, policy.own_head = shared, not shared
         batch = from_a_table([])(policy, PROMPTS, 3, 6, 1.0, 0)
         logprobs = common.logprobs_and_entropy(policy, batch, 1.0)[0]
         logprobs.sum().backward()
@@ -402,6 +402,46 @@ def check_bfloat16(folder: Path, rank: int) -> list:
     alone = common._rewards(model, batch)
     with torch.no_grad():
         return kinds, alone, common.shard(model)(common._rewards, batch)
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts casts of matrices from float32 to bfloat16; states of a few tokens are smaller."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function.__name__.startswith("_to_copy"):
+            kinds = args[0].dtype, out.dtype
+            self.count += kinds == (torch.float32, torch.bfloat16) and out.numel() > 32 * 12
+        return out
+
+
+def check_mixed(folder: Path, rank: int) -> dict:
+    """Of a policy that computes in bfloat16 and was updated, a renewed copy and an exact one:
+    log-probs as drawn and as recomputed, and casts of weights in drawing 3 and 9 tokens."""
+    seen = {}
+    for world in ("llama", "gpt2"):
+        with patched(common, "shard", lambda model: model):
+            plain = load(folder, world)[0]
+        plain.mixed, plain.end_tokens = True, [99]
+        copies = [loading.frozen_copy(plain), loading.frozen_copy(plain, exact=True)]
+        loading.shard(plain)
+        optimizer = torch.optim.AdamW(plain.parameters(), 1e-2, fused=True)
+        batch = from_a_table([])(plain, PROMPTS, 3, 6, 1.0, 0)
+        common.logprobs_and_entropy(plain, batch, 1.0)[0].sum().backward()
+        optimizer.step()
+        found = []
+        for model in (plain, *copies):
+            model.load_state_dict(plain.state_dict())
+            counts = []
+            for tokens in (3, 9):
+                with WeightCasts() as casts:
+                    drawn = common.sample(model, PROMPTS, 4, tokens, 1.0, 3)
+                counts.append(casts.count)
+            found.append((drawn.sampled_logprobs, common.logprobs(model, drawn, 1.0), counts))
+        seen[world] = found
+    return seen
 
 
 def check_resume(folder: Path, rank: int) -> None:

@@ -146,6 +146,16 @@ def test_bfloat16_and_a_reward_model_of_two_types(both):
         assert_close(ours, theirs)
 
 
+def test_sharded_copies_in_bfloat16_give_the_same_bits(both):
+    """As the policy that they were renewed from, and cast no weight; the policy casts each once."""
+    for seen in both:
+        for policy, copied, exact in seen["check_mixed"].values():
+            for ours, theirs in zip(policy[:2], copied[:2]):
+                assert torch.equal(ours, theirs)
+            assert torch.equal(policy[0], exact[0])
+            assert policy[2][0] == policy[2][1] > 0 and copied[2] == [0, 0]
+
+
 # ── what is sharded ──
 @pytest.mark.parametrize("world", ranks.WORLDS)
 def test_every_block_is_a_shard_of_its_own(world, both):
