@@ -843,8 +843,8 @@ MUTANTS = [
     # what a GPU holds, and what it is asked
     ("analyze/memory.py", "if batch.passes > 1:", "if False:", MEMORY, "adds and gradients"),
     ("analyze/memory.py", "if batch.passes > 1:", "if True:", MEMORY, "adds and gradients"),
-    ("analyze/memory.py", "max(5 * 4 * here, backward)", "3 * 4 * here", MEMORY, "adds and kept"),
-    ("analyze/memory.py", "4 * (logits - here) * kept", "0", MEMORY, "adds and kept"),
+    ("analyze/memory.py", "max(5 * 4 * here, backward)", "3 * 4 * here", MEMORY, "adds and few"),
+    ("analyze/memory.py", "4 * (logits - here) * kept", "0", MEMORY, "adds and many"),
     ("analyze/memory.py", "setup.frozen * matrices", "setup.weight * matrices", MEMORY, "frozen"),
     ("analyze/memory.py", "setup.weight * rest", "setup.frozen * rest", MEMORY, "frozen"),
     ("analyze/memory.py", "(1 - FREE) * size", "(1 + FREE) * size", MEMORY, "tables"),
