@@ -13,7 +13,7 @@ why. The parts:
              of those in assets/real where they are
   X default  a script, with its default flags, for 4 steps
   X 1B, 8B   a script on random weights in the shapes of Llama 3.2 1B and 3.1 8B, by the dtype, or
-             with adapters; brain.py, or by --only every script. Killed after its third step
+             with adapters; brain.py, or by --only every script. Killed after its second step
   resume     whether a run that stopped and went on is the one that did not, bit for bit
   TRL        a step of DPO and of GRPO against ours, in turns
 
@@ -55,8 +55,9 @@ from benchmarks import limit
 from benchmarks.side_by_side import make_tokenizer
 from benchmarks.where import RESULTS, ROOT, add
 
-STEPS = 3  # of a large shape: one to warm up, two that are measured
-SHAPES = {name: (memory.MODELS[name], memory.LONG) for name in ("1B", "8B")}
+STEPS = 2  # of a large shape: one to warm up, one that is measured
+LARGE = memory.Batch(prompts=8, samples=8, prompt_tokens=512, response_tokens=512)
+SHAPES = {name: (memory.MODELS[name], LARGE) for name in ("1B", "8B")}
 SMALL = memory.Batch(prompts=2, samples=4, prompt_tokens=16, response_tokens=8)
 TINY_SHAPES = {
     "1B": (memory.Llama(2, 64, 128, 4, 2, 16, 8_000, tied=True), SMALL),
@@ -431,7 +432,7 @@ def parts(args: Args, runs: Runs) -> list[Part]:
             for name in NAMES:
                 usual = name == "brain" and (shape, kind) in BY_DEFAULT
                 run = partial(runs.shaped, name, shape, kind)
-                found.append(Part(f"{name} {shape} {kind}", 180, run, usual))
+                found.append(Part(f"{name} {shape} {kind}", 240, run, usual))
     found.append(Part("resume", 60, runs.resume))
     if find_spec("trl"):
         for name, inside in (("TRL DPO", "trl_dpo"), ("TRL GRPO", "trl_grpo")):

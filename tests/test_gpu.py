@@ -109,7 +109,7 @@ PLANTS = {
         "plumbing/models.py",
         "torch.autocast(self.device.type,",
         'torch.autocast("cpu",',
-        "to have the same dtype",
+        "Expected attn_mask dtype to be bool",
     ),
 }
 
