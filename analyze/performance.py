@@ -84,10 +84,9 @@ def online_steps() -> str:
         parts.append(setting + [f"{ours:.2f} / {theirs:.2f}" for ours, theirs in pairs])
     return (
         "\n## An online step against TRL's online trainers\n\n`python -m benchmarks.online_step` "
-        "and `--peer online_dpo`, `--peer rloo`: 2 prompts; sampling, a reward model, reference "
-        "log-probs, one update. Ours is brain.py, which reads its proposal's log-probs too, and "
-        "against RLOOTrainer ppo.py --advantage rloo, which reads the policy's before the update, "
-        "as its peer does. Same models as above; TRL generates with transformers.\n\n"
+        "and `--peer online_dpo`: 2 prompts; sampling, a reward model, reference log-probs, one "
+        "update; brain.py reads its proposal's log-probs too. Same models as above; TRL generates "
+        "with transformers.\n\n"
         + table(head + columns, ratios)
         + "\n\n"
         + where(lines)
