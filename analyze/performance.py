@@ -120,8 +120,8 @@ def default_runs() -> str:
     """Section on whole processes, before the ideas of this page and with them."""
     before, after = read("default_run_before", "command"), read("default_run", "command")
     again = read("default_run_quiet", "command")
-    rows = []
-    for script in dict.fromkeys(line["command"].split()[1] for line in before):
+    rows, scripts = [], dict.fromkeys(line["command"].split()[1] for line in before)
+    for script in scripts:
         times = [
             [line["seconds"] for line in lines if line["command"].split()[1] == script]
             for lines in (before, after, again)
@@ -136,7 +136,7 @@ def default_runs() -> str:
         "run of seed 1 at a moment when the machine was quiet (one script after the other).\n\n"
         + table(["script", "before", "now", "now, machine quiet"], rows)
         + "\n\n"
-        + where(after + again)
+        + where([line for line in after + again if line["command"].split()[1] in scripts])
     )
 
 
