@@ -84,10 +84,9 @@ def online_steps() -> str:
         parts.append(setting + [f"{ours:.2f} / {theirs:.2f}" for ours, theirs in pairs])
     return (
         "\n## An online step against TRL's online trainers\n\n`python -m benchmarks.online_step` "
-        "and `--peer online_dpo`, `--peer rloo`: 2 prompts; sampling, a reward model, reference "
-        "log-probs, one update. Ours is brain.py, which reads its proposal's log-probs too, and "
-        "against RLOOTrainer ppo.py --advantage rloo, which reads the policy's before the update, "
-        "as its peer does. Same models as above; TRL generates with transformers.\n\n"
+        "and `--peer online_dpo`: 2 prompts; sampling, a reward model, reference log-probs, one "
+        "update; brain.py reads its proposal's log-probs too. Same models as above; TRL generates "
+        "with transformers.\n\n"
         + table(head + columns, ratios)
         + "\n\n"
         + where(lines)
@@ -121,8 +120,8 @@ def default_runs() -> str:
     """Section on whole processes, before the ideas of this page and with them."""
     before, after = read("default_run_before", "command"), read("default_run", "command")
     again = read("default_run_quiet", "command")
-    rows = []
-    for script in dict.fromkeys(line["command"].split()[1] for line in before):
+    rows, scripts = [], dict.fromkeys(line["command"].split()[1] for line in before)
+    for script in scripts:
         times = [
             [line["seconds"] for line in lines if line["command"].split()[1] == script]
             for lines in (before, after, again)
@@ -137,7 +136,7 @@ def default_runs() -> str:
         "run of seed 1 at a moment when the machine was quiet (one script after the other).\n\n"
         + table(["script", "before", "now", "now, machine quiet"], rows)
         + "\n\n"
-        + where(after + again)
+        + where([line for line in after + again if line["command"].split()[1] in scripts])
     )
 
 

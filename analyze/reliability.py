@@ -14,7 +14,7 @@ START = """# Reliability
 
 What was done to the six scripts, and what came of it. Made by `python -m analyze.reliability`
 from `benchmarks/results/faults.jsonl` and `long_run.jsonl`, which have every single fault with
-its command, commit and machine.
+its command, commit and machine. An empty cell has not been tried yet.
 
 A run that was hit is continued with `--resume` and counts as **survived** only if it ends as the
 unbroken run did: `metrics.jsonl` without gap or repetition and with the same numbers, the same

@@ -264,6 +264,18 @@ def test_advantages_have_mean_0_and_variance_1_over_all_tokens():
     assert same.abs().max() == 0 and same.isfinite().all()
 
 
+def test_advantages_are_whitened_over_all_processes():
+    """Two processes with a prompt each give what one gives to both."""
+    mask = torch.arange(4) < torch.tensor([[4, 1], [2, 3]])[:, :, None]
+    advantage, sums = (table(8, 2, 2, 4) + 5) * mask, []
+    for p in range(2):
+        half = SimpleNamespace(average=lambda x: sums.append(x) or x)
+        ppo.whitened(half, advantage[p : p + 1], mask[p : p + 1])
+    both = SimpleNamespace(average=lambda x: torch.stack(sums).mean(0))
+    ours = [ppo.whitened(both, advantage[p : p + 1], mask[p : p + 1]) for p in range(2)]
+    torch.testing.assert_close(torch.cat(ours), ppo.whitened(ALONE, advantage, mask))
+
+
 def test_the_weights_of_brain_are_those_of_rloo_to_first_order():
     """At q′ = q_θ, α̂ − β̂ of brain.py tends to A·(N−1)/(N²β), A of (5), as the spread of R falls:
     half the spread leaves a quarter of the remainder, so it is of second order."""
