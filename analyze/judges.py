@@ -192,7 +192,7 @@ def local_judge(name: str, flags, device: torch.device, criterion: str) -> Local
     tokenizer = load_tokenizer("--judge", folder)
     own = {"policy": folder, "template": "auto", "chat_template_kwargs": "{}", "lora_rank": 0}
     own |= {"max_prompt_tokens": 0, "max_response_tokens": 1, "temperature": 1.0}
-    own |= {"dtype": "mixed", "checkpointing": False}
+    own |= {"dtype": "mixed", "checkpointing": False, "micro_batch": 0}
     run = SimpleNamespace(args=SimpleNamespace(**vars(flags) | own), device=device)
     return LocalJudge(
         name, tokenizer, Layout(tokenizer), common.load_policy(run, tokenizer), criterion

@@ -162,7 +162,7 @@ def test_micro_batch_bounds_all_passes(tmp_path, monkeypatch):
     for name, seen in (
         ("_sample", sampled),
         ("_rewards", others),
-        ("_logprobs_and_entropy", others),
+        ("_read_tokens", others),
     ):
         inner = getattr(common, name)
 

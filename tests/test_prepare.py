@@ -239,10 +239,10 @@ def test_the_step_size_is_a_cosine_and_evaluations_are_said(script, world, tmp_p
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
 def test_the_picture_shows_what_there_is(script, world, tmp_path, monkeypatch):
     """Panels without a number are left out."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     run(script, world, tmp_path / "run")
     shown = [axis.get_title() for axis in figures[0].axes if axis.get_visible()]
     if script is sft:
