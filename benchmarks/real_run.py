@@ -26,8 +26,8 @@ SHARED = (
     "--steps 40 --prompts-per-step 8 --max-response-tokens 24 --eval-prompts 128"
 )
 RUNS = {
-    "brain": f"brain.py {SHARED} --lr 1e-4 --beta 0.1",
-    "brain, LoRA": f"brain.py {SHARED} --lr 1e-3 --beta 0.1 --lora-rank 16",
+    "brain": f"brain.py {SHARED} --lr 1e-4 --beta 0.1 --refresh-every 4",
+    "brain, LoRA": (f"brain.py {SHARED} --lr 1e-3 --beta 0.1 --refresh-every 4 --lora-rank 16"),
     "dpo": f"dpo.py {SHARED} --lr 5e-5",
     "dpo, LoRA": f"dpo.py {SHARED} --lr 5e-4 --lora-rank 16",
 }

@@ -381,7 +381,7 @@ MUTANTS = [
         "eq4",
     ),
     ("ppo.py", 'models["value"] = value', "pass", PPO, "reaches and gae"),
-    ("ppo.py", "returns = advantage + old_values", "returns = advantage", PPO, "reaches and gae"),
+    ("ppo.py", "returns = advantage + old_values", "returns = advantage", PPO, "ones_own"),
     ("ppo.py", "advantage = whitened(run, advantage, mask)", "pass", PPO, "gradient_of_a_step"),
     (
         "ppo.py",

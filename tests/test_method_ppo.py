@@ -431,10 +431,21 @@ def test_a_value_model_of_ones_own(world, tmp_path, monkeypatch):
         choose(flag, name, model)
 
     monkeypatch.setattr(common, "_choose_rows", choose_rows)
-    monkeypatch.setattr(ppo, "gae", lambda *x: seen.append(x[1]) or original(*x))
+    advantages, losses, value_loss = [], [], ppo.value_loss
+
+    def gae(rewards, values, gae_lambda):
+        seen.append(values)
+        advantages.append(original(rewards, values, gae_lambda))
+        return advantages[-1].clone()
+
+    monkeypatch.setattr(ppo, "gae", gae)
+    monkeypatch.setattr(ppo, "value_loss", lambda *x: losses.append(x) or value_loss(*x))
     for name in ("", world["reward_model"]):
         train(ppo, world, tmp_path / str(len(seen)), steps=1, value_model=name)
         assert ("--value-model" in checked) == bool(name)
+        values, old, returns, _ = losses[-1]
+        assert torch.equal(values, old) and torch.equal(old, seen[-1])
+        assert torch.equal(returns, advantages[-1] + old)  # G of (4)
     assert seen[0].abs().max() == 0 < seen[1].abs().max()
     state = torch.load(tmp_path / "1" / "checkpoint" / "state.pt", weights_only=True)
     assert state["value"].keys() != state["policy"].keys()
