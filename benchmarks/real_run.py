@@ -23,13 +23,15 @@ from prepare.real import judge
 
 SHARED = (
     "--policy assets/real/policy --reward-model assets/real/reward --dataset assets/real/data "
-    "--steps 40 --prompts-per-step 8 --max-response-tokens 24 --eval-prompts 128"
+    "--prompts-per-step 8 --max-response-tokens 24 --eval-prompts 128"
 )
 RUNS = {
-    "brain": f"brain.py {SHARED} --lr 1e-4 --beta 0.1 --refresh-every 4",
-    "brain, LoRA": (f"brain.py {SHARED} --lr 1e-3 --beta 0.1 --refresh-every 4 --lora-rank 16"),
-    "dpo": f"dpo.py {SHARED} --lr 5e-5",
-    "dpo, LoRA": f"dpo.py {SHARED} --lr 5e-4 --lora-rank 16",
+    "brain": f"brain.py {SHARED} --steps 40 --lr 1e-4 --beta 0.1 --refresh-every 4",
+    "brain, LoRA": (
+        f"brain.py {SHARED} --steps 20 --lr 1e-3 --beta 0.1 --refresh-every 4 --lora-rank 16"
+    ),
+    "dpo": f"dpo.py {SHARED} --steps 40 --lr 5e-5",
+    "dpo, LoRA": f"dpo.py {SHARED} --steps 40 --lr 5e-4 --lora-rank 16",
 }
 SHOWN = 6  # pairs of samples
 
