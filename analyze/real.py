@@ -3,9 +3,8 @@
 python -m analyze.real > docs/real.md
 """
 
-from collections import defaultdict
-
-from analyze.tables import RESULTS, read, table
+from analyze.tables import RESULTS, table
+from benchmarks.real_run import SHOWN
 from plumbing.report import read_lines
 
 START = """# On real checkpoints
@@ -30,8 +29,10 @@ makes of them plain checkpoint folders (half an hour on one core). Made by
 
 One seed each. Two flags of `brain.py` were changed after a run: with half of this step size, and
 with adapters and a proposal renewed every 10 steps, the win rate stayed at 0.66, at a KL of about
-2 nats (the lines of these runs are in the same file). Pictures and numbers are about mood only:
-grammar and names of a 4-bit 135M model stay weak.
+2 nats (the lines of these runs are in the same file). Pictures and numbers
+are about mood only: grammar and names of a 4-bit 135M model stay weak. By step 40 few samples of
+`dpo.py` end within 24 tokens (last column): praise that goes on scores higher, and at this KL
+nothing holds it back. Its step 20 is the better model.
 
 ![win rate and KL](real.png)
 """
@@ -49,8 +50,10 @@ COLUMNS = {
 
 def main() -> None:
     """Prints the page and draws the picture."""
-    runs = defaultdict(list)
-    for line in read("real_run", "run", "step"):
+    runs = {}
+    for line in read_lines(RESULTS / "real_run.jsonl"):
+        if line["step"] == 0:  # of a run that was made again the last one is shown
+            runs[line["run"]] = []
         runs[line["run"]].append(line)
     print(START)
     pairs = read_lines(RESULTS / "real_samples.jsonl")
@@ -71,7 +74,7 @@ def main() -> None:
         ]
         print(table([head for head, _ in COLUMNS.values()], rows))
         print("\nThe first held-out prompts, in the order of the file, with rewards:\n")
-        own = [pair for pair in pairs if pair["run"] == name]
+        own = [pair for pair in pairs if pair["run"] == name][-SHOWN:]
         rows = [[pair["prompt"], cell(pair, "before"), cell(pair, "after")] for pair in own]
         print(table(["prompt", "before", "after"], rows), "\n")
     draw(runs)
