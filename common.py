@@ -703,7 +703,7 @@ def _choose_rows(flag: str, name: str, model: Model) -> None:
 
     It must pass with one of the two, or the run ends.
     """
-    vocabulary, pad = model.config.vocab_size, model.config.pad_token_id
+    vocabulary, pad = model.config.vocab_size, getattr(model.config, "pad_token_id", None)
     ids = [i for i in (k * k % vocabulary for k in range(5, 60)) if i != pad]
     with explained(f"{flag} {name}"):
         logits = _own_logits(model, ids[:8])

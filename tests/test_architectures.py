@@ -124,6 +124,14 @@ def test_an_architecture_gives_the_numbers_of_a_naive_loop(name, capsys):
         torch.testing.assert_close(ours, torch.tensor(truth), atol=1e-5, rtol=1e-5)
 
 
+def test_a_configuration_may_not_know_a_pad_token():
+    """As CodeGen's, which has no such name."""
+    model = make("codegen", **CASES["codegen"][1])
+    del model.config.pad_token_id
+    common._choose_rows("--policy", "codegen", model)
+    assert model.shared_rows
+
+
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_a_model_whose_cache_or_padding_cannot_be_served_is_refused(architecture, tmp_path, capsys):
     """In one line and with exit code 2, before anything is written: its states run through the
