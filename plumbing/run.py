@@ -210,9 +210,10 @@ class Run:
             # It plans anew for each shape of the inputs, and a sampled token has one of its own.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.joined = self.world > 1 and not dist.is_initialized()
-        sys.excepthook = partial(_say_known, sys.__excepthook__)
         if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint
             dist.init_process_group(timeout=timedelta(hours=1))
+        usual = sys.excepthook if self.joined else sys.__excepthook__  # torch's names the rank
+        sys.excepthook = partial(_say_known, usual)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # one voice; errors, on stderr, are heard from all
 

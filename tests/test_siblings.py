@@ -151,7 +151,7 @@ def test_budget_of_differences(first, second):
     assert differing_lines(first, second) <= (120 if "ppo" in (first, second) else 110)
 
 
-@pytest.mark.parametrize("paths, most", [(SHARED_FILES[:1], 620), (PLUMBING, 1053)])
+@pytest.mark.parametrize("paths, most", [(SHARED_FILES[:1], 620), (PLUMBING, 1054)])
 def test_budget_of_what_is_shared(paths, most):
     """Lines of code, of common.py and of plumbing/ in all; comments and docstrings are free."""
     assert sum(len(code_lines(path)) for path in paths) <= most
