@@ -23,7 +23,6 @@ so that a judge that fails leaves the results of those before it.
 """
 
 import json
-import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ import torch
 import tyro
 
 import common
-from analyze.intervals import interval, length_controlled, mean
+from analyze.intervals import interval, kl_bound, length_controlled, mean
 from analyze.judges import AddressJudge, ScoreJudge, in_both_orders, local_judge, score_judge
 from analyze.win_rates import Answers, as_table, draw, text_of, write_samples
 from benchmarks import where
@@ -127,6 +126,18 @@ def read_prompts(most: int, flags: SimpleNamespace, tokenizer) -> list[common.Pr
     return prompts
 
 
+def read_start(most: int, flags: SimpleNamespace) -> tuple:
+    """(device, tokenizer, the SFT model that runs began from, what the data set answers to the
+    held-out prompts, at most `most` if not 0, as a batch of one response each)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = common.load_tokenizer("--policy", flags.policy)
+    prompts = read_prompts(most, flags, tokenizer)
+    start = common.load_policy(SimpleNamespace(args=flags, device=device), tokenizer)
+    texts, longest = [[prompt.reference] for prompt in prompts], flags.max_response_tokens
+    references = common.encode_responses(tokenizer, start, prompts, texts, longest)
+    return device, tokenizer, start, references
+
+
 # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -165,8 +176,7 @@ def best_of(n: int, start: Model, reward_model, flags, prompts, seed: int) -> An
     batch = sample(start, flags, prompts, n, flags.temperature, seed)
     rewards = common.score(reward_model, batch, flags.micro_batch or flags.prompts_per_step)
     batch = batch.choose(rewards.argmax(1, keepdim=True).cpu())
-    bound = math.log(n) - (n - 1) / n
-    return Answers("SFT", f"best of {n}", batch, ended(batch, start), kl_bound=bound)
+    return Answers("SFT", f"best of {n}", batch, ended(batch, start), kl_bound=kl_bound(n))
 
 
 def ended(batch: common.Batch, policy: Model) -> float:
@@ -219,10 +229,8 @@ def main(args: Args) -> list[dict]:
     finals = find_finals(args.runs)
     require(args.best_of != 1 and args.best_of >= 0, f"--best-of {args.best_of}: must be 2 or more")
     out = Path(args.out or Path(args.runs[0], "eval"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = common.load_tokenizer("--policy", flags.policy)
-    prompts = read_prompts(args.prompts, flags, tokenizer)
-    start = common.load_policy(SimpleNamespace(args=flags, device=device), tokenizer)
+    device, tokenizer, start, references = read_start(args.prompts, flags)
+    prompts = references.prompts
     with explained(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
     judges = [
@@ -230,10 +238,6 @@ def main(args: Args) -> list[dict]:
         for name in dict.fromkeys(args.judge)
     ]
 
-    texts = [[prompt.reference] for prompt in prompts]
-    references = common.encode_responses(
-        tokenizer, start, prompts, texts, flags.max_response_tokens
-    )
     everyone = answers_of("SFT", start, start, flags, prompts, args.seed)
     if args.best_of:
         reward_model = score_judge("reward", flags, device, tokenizer, start).reward_model

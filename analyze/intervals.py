@@ -39,6 +39,11 @@ def length_controlled(wins: numpy.ndarray, gaps: numpy.ndarray) -> numpy.ndarray
     return 1 / (1 + numpy.exp(-weights[..., 0]))
 
 
+def kl_bound(n: int) -> float:
+    """The most that the KL of the best of n from what was sampled can be, in nats."""
+    return math.log(n) - (n - 1) / n
+
+
 def best_of_mean(rewards: numpy.ndarray, values: numpy.ndarray, n: int) -> float:
     """Mean over prompts and draws of the value of the best of n, from rewards and values [P, M].
 

@@ -9,11 +9,11 @@ SmolLM2-135M on a pretended GPU; the seconds are computed.
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from analyze.tables import ROOT, table
 from common import DRAWN, GPU_CHUNK, MOST_LOGITS
 
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+PAGE = ROOT / "docs" / "scaling.md"
 GB = 1e9  # as in the names of cards; a card of 80 GB has a little more
 CARDS = {"H100": (80, 3.35e12), "H200": (141, 4.8e12)}  # GB, bytes/s of its memory
 FLOPS, SHARE = 989e12, 0.4  # dense bfloat16 of both cards, per second; the share that is assumed
@@ -244,12 +244,6 @@ def seconds(model: Llama, batch: Batch, setup: Setup) -> dict[str, float]:
     traffic = (setup.frozen + batch.passes * each_pass) * n
     links = (gpus > 1) * traffic * (gpus - 1) / gpus / LINKS[gpus]
     return {"sampling": drawn + prefill, "arithmetic": arithmetic, "links": links}
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def most(model: Llama, batch: Batch, setup: Setup) -> float:

@@ -13,19 +13,16 @@ log N − (N − 1)/N, which is where the curve is drawn: the true curve lies le
 Writes curves, frontier and phases, as .png and .svg, into --out.
 """
 
-import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
-import torch
 import tyro
 
 import common
 from analyze import evaluate
-from analyze.intervals import best_of_mean
+from analyze.intervals import best_of_mean, kl_bound
 from analyze.judges import score_judge
 from plumbing.report import COLOURS, curve, panels, read_lines
 from plumbing.run import explained, require
@@ -154,22 +151,17 @@ def draw_phases(groups: dict[str, list[list[dict]]]):
 def best_of_curve(folders: list[str], count: int) -> list[dict]:
     """Reward and win rate of the best of 1, 2, 4 … `count` samples of the SFT model."""
     flags = evaluate.shared_flags(folders)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = common.load_tokenizer("--policy", flags.policy)
-    prompts = evaluate.read_prompts(0, flags, tokenizer)
-    start = common.load_policy(SimpleNamespace(args=flags, device=device), tokenizer)
+    device, tokenizer, start, references = evaluate.read_start(0, flags)
     judge = score_judge("reward", flags, device, tokenizer, start)
-    texts, most = [[prompt.reference] for prompt in prompts], flags.max_response_tokens
-    references = common.encode_responses(tokenizer, start, prompts, texts, most)
     theirs = common.score(judge.reward_model, references).cpu().double().numpy()
-    batch = evaluate.sample(start, flags, prompts, count, flags.temperature, seed=1)
+    batch = evaluate.sample(start, flags, references.prompts, count, flags.temperature, seed=1)
     size = flags.micro_batch or flags.prompts_per_step
     ours = common.score(judge.reward_model, batch, size).cpu().double().numpy()
     wins = (ours > theirs) + 0.5 * (ours == theirs)
     return [
         {
             "n": n,
-            "kl_bound": math.log(n) - (n - 1) / n,
+            "kl_bound": kl_bound(n),
             "eval/reward": best_of_mean(ours, ours, n),
             "eval/win_rate": best_of_mean(ours, wins, n),
         }

@@ -3,7 +3,7 @@
 python -m analyze.real > docs/real.md
 """
 
-from analyze.tables import RESULTS, table
+from analyze.tables import RESULTS, one_line, table
 from benchmarks.real_run import SHOWN
 from plumbing.report import read_lines
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 def cell(pair: dict, when: str) -> str:
     """A response on one line of a table, behind its reward."""
-    return f"{pair[f'reward_{when}']:+.2f} {' '.join(pair[when].split()).replace('|', '/')}"
+    return f"{pair[f'reward_{when}']:+.2f} {one_line(pair[when])}"
 
 
 def draw(runs: dict[str, list[dict]]) -> None:

@@ -22,6 +22,11 @@ def table(head: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def one_line(text: str) -> str:
+    """A text that fits into a cell of a table."""
+    return " ".join(text.split()).replace("|", "/")
+
+
 def median_and_range(values: list[float], digits: int) -> str:
     """Median (least to largest)."""
     middle = statistics.median(values)

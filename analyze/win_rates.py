@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
-from analyze.tables import table
+from analyze.tables import one_line, table
 from plumbing.report import COLOURS, panels
 
 SHOWN = 8  # prompts in samples.md
@@ -109,8 +109,3 @@ def write_samples(out: Path, everyone: list[Answers], references, reader, datase
         rows = [[name, one_line(texts[place])] for name, texts in written.items()]
         parts.append(f"**{one_line(source)}**\n\n{table(['by', 'response'], rows)}\n")
     (out / "samples.md").write_text("\n".join(parts), encoding="utf-8")
-
-
-def one_line(text: str) -> str:
-    """A text that fits into a cell of a table."""
-    return " ".join(text.split()).replace("|", "/")

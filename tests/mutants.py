@@ -1106,7 +1106,13 @@ MUTANTS = [
     ),
     ("analyze/evaluate.py", "require(ours == theirs,", "require(True,", EVALUATE, "bad_input"),
     ("analyze/evaluate.py", "prompt.reference is not None", "True", EVALUATE, "missing"),
-    ("analyze/evaluate.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "own_evaluation"),
+    (
+        "analyze/intervals.py",
+        "math.log(n) - (n - 1) / n",
+        "math.log(n)",
+        EVALUATE,
+        "own_evaluation",
+    ),
     (
         "analyze/plot.py",
         "if all(step in other for other in values)",
@@ -1122,7 +1128,7 @@ MUTANTS = [
         "folder_a_function",
     ),
     ("analyze/plot.py", 'OF_A_RUN = ("seed", ', "OF_A_RUN = (", EVALUATE, "seeds_are"),
-    ("analyze/plot.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "begins_at"),
+    ("analyze/intervals.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "begins_at"),
     (
         "analyze/plot.py",
         "best_of_mean(ours, wins, n)",
