@@ -89,10 +89,10 @@ def plot(folder: Path) -> None:
     lines = read_lines(folder / "metrics.jsonl")
     figure, axes = panels(2, 3, (13, 6.5))
     for axis, (title, keys) in zip(axes, PANELS.items()):
-        axis.set_visible(any(key in line for key in keys for line in lines))
+        keys = [key for key in keys if any(key in line for line in lines)]
         for key in keys:
-            curve(axis, lines, key, label=key)
-        axis.set(title=title, xlabel="step")
-        axis.legend()
+            curve(axis, lines, key)
+        axis.set(title=title, xlabel="step", visible=bool(keys))
+        axis.legend(axis.lines, keys)
     (folder / "plots").mkdir(exist_ok=True)
     figure.savefig(folder / "plots" / "training.png", dpi=100)

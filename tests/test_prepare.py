@@ -245,6 +245,9 @@ def test_the_picture_shows_what_there_is(script, world, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     run(script, world, tmp_path / "run")
     shown = [axis.get_title() for axis in figures[0].axes if axis.get_visible()]
+    named = {text.get_text() for axis in figures[0].axes for text in axis.get_legend().get_texts()}
+    logged = {key for line in read_log(tmp_path / "run" / "metrics.jsonl") for key in line}
+    assert named and named <= logged
     if script is sft:
         assert shown == ["tokens per response", "entropy, nats per token", "loss"]
     else:
