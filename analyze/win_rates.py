@@ -70,19 +70,20 @@ def draw(rows: list[dict], path: Path) -> None:
         elif "kl_bound" in row:  # the arrow: the KL is this or less
             right.errorbar(row["kl_bound"], rate["value"], bars(rate), **style | {"fmt": "<"})
         if place == 0 and ("kl" in row or "kl_bound" in row):
-            text = row["model"] if "kl" in row else row["decoding"]
+            text = str(1 + names.index((row["model"], row["decoding"])))
             at = (row["kl"]["value"] if "kl" in row else row["kl_bound"], rate["high"])
             style = {"xytext": (2, 4), "textcoords": "offset points", "fontsize": 9}
-            right.annotate(text, at, rotation=40, **style)
+            right.annotate(text, at, **style)
     for place, judge in enumerate(judges):
         left.plot([], [], "o", color=COLOURS[place % 7], label=f"by {judge[-30:]}")
     left.axvline(0.5, color="grey", lw=1)
-    left.set_yticks(range(len(names)), [", ".join(name) for name in names])
+    labels = [f"{', '.join(name)}  {number}" for number, name in enumerate(names, 1)]
+    left.set_yticks(range(len(names)), labels)
     left.invert_yaxis()
     left.set(xlabel="win rate against the completions, with 95 % intervals", xlim=(-0.02, 1.02))
     left.legend(fontsize=9)
-    right.set(xlabel="KL from the SFT model, nats per response (◂: at most)", ylabel="win rate")
-    right.margins(x=0.2, y=0.25)  # room for the names
+    right.set(xlabel="KL from the SFT model, nats (◂: at most)", ylabel="win rate")
+    right.margins(x=0.2, y=0.25)  # room for the numbers
     figure.savefig(path, dpi=110)
 
 
