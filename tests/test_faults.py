@@ -39,7 +39,7 @@ def campaign(results: Path, flags: str) -> list[dict]:
 def test_kills_files_processes_clock(tmp_path):
     lines = campaign(
         tmp_path / "faults.jsonl",
-        "--scripts brain --kills 5 --flips 1 --faults kills files processes clock",
+        "--scripts brain --kills 3 --flips 1 --faults kills files processes clock",
     )
     faults = [line["fault"] for line in lines]
     for word in (
@@ -67,10 +67,10 @@ def test_full_disk_and_read_only_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_numbers_and_a_kill_of_each_other_script(tmp_path):
-    lines = campaign(tmp_path / "faults.jsonl", "--scripts gdc --kills 1 --faults numbers kills")
-    lines = campaign(tmp_path / "more.jsonl", "--scripts dpo wind --kills 1 --faults kills") + lines
-    assert len(lines) == 13
+def test_bad_numbers_and_a_kill_of_other_scripts(tmp_path):
+    lines = campaign(tmp_path / "faults.jsonl", "--scripts gdc --faults numbers")
+    lines = campaign(tmp_path / "more.jsonl", "--scripts dpo ppo --kills 1 --faults kills") + lines
+    assert len(lines) == 12
     warned = {line["fault"]: line["seen"].get("weights/ess") for line in lines}
     assert warned["all rewards equal"] > 0.9 > 0.5 > warned["--beta 1e-4"]
 

@@ -305,16 +305,16 @@ def test_final_scores_as_in_training_by_common_score(world, tmp_path, lora_rank)
     torch.testing.assert_close(common.score(judge, batch), trained, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("shared_rows", [True, False])
-def test_a_fresh_score_is_0_and_belongs_to_the_body_of_the_policy(shared_rows):
-    """Both ways to feed it; the same states, the score's weights times them."""
+@pytest.mark.parametrize("shared_rows, own_head", [(True, False), (False, False), (False, True)])
+def test_a_fresh_score_is_0_and_belongs_to_the_body_of_the_policy(shared_rows, own_head):
+    """The three ways to feed a policy; the same states, the score's weights times them."""
     policy = make_model("gpt2")
     body = policy.module.base_model
     model = parts.with_score(policy)
     assert model is policy and model.scores_tokens and model.module.base_model is body
     assert not any(p.is_meta for p in model.parameters()) and model.end_tokens == [1]
     batch = common.Batch(make_prompts([5, 6, 7], [8]), [[[9, 1], [10, 11, 1]]] * 2)
-    model.shared_rows = shared_rows
+    model.shared_rows, model.own_head = shared_rows, own_head
     assert common._rewards(model, batch).abs().max() == 0
     torch.nn.init.normal_(model.module.score.weight)
     rewards = common._rewards(model, batch)
