@@ -56,6 +56,7 @@ REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
 BFLOAT16 = path_of("bfloat16")
 PREPARE = path_of("prepare")
 EVALUATE = path_of("evaluate")
+COMPARE = path_of("compare")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
     "every_block": "check_shards",
     "same_bits": "check_mixed",
@@ -1166,6 +1167,16 @@ MUTANTS = [
         "target",
     ),
     ("plumbing/report.py", "with rc_context(STYLE):", "with rc_context({}):", EVALUATE, "colour"),
+    # analyze/sweep.py
+    (
+        "analyze/sweep.py",
+        "if run.command not in known]",
+        "if run.label not in known]",
+        COMPARE,
+        "goes_on",
+    ),
+    ("analyze/sweep.py", "per_prompt += flags.anchor_samples", "pass", COMPARE, "are_counted"),
+    ("analyze/sweep.py", "os.killpg(self.process.pid", "os.kill(self.process.pid", COMPARE, "ctrl"),
 ]
 
 
