@@ -56,6 +56,7 @@ REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
 BFLOAT16 = path_of("bfloat16")
 PREPARE = path_of("prepare")
 EVALUATE = path_of("evaluate")
+ABLATION = path_of("ablation")
 COMPARE = path_of("compare")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
     "every_block": "check_shards",

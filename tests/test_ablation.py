@@ -1,0 +1,86 @@
+"""analyze/ablation.py and analyze/wind_cost.py: what they compute is right, and their pages are fresh."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from tables import expectation
+
+import brain
+from analyze import ablation
+from analyze.ablation import Setting, train
+from plumbing.report import read_lines
+
+SHORT = 600  # steps: BRAIn is at the target, the ablations where they stop
+EASY = {"scale": 0.5, "steps": SHORT}
+
+
+# ── the product world ──
+
+
+def test_the_sum_over_its_tokens_is_a_response_and_the_kl_is_exact():
+    first, second = (part[None, :3, :2].log_softmax(-1) for part in ablation.world(3, 1.0))
+    tokens = torch.tensor(list(itertools.product(range(2), repeat=3))).T[None]  # all 8 responses
+    p, q = (ablation.of_responses(part, tokens)[0] for part in (first, second))
+    assert p.exp().sum() == pytest.approx(1)
+    assert ablation.kl(first, second).item() == pytest.approx((p.exp() * (p - q)).sum().item())
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    ref, _ = ablation.world(0, 1.0)
+    ref = torch.stack([ref, ref.flip(-1)])
+    tokens = ablation.draw_tokens(ref, 20_000, torch.Generator().manual_seed(1))
+    shares = torch.nn.functional.one_hot(tokens, ablation.WORDS).double().mean(2)
+    assert (shares - ref.exp()).abs().max() < 4 * 0.5 / math.sqrt(20_000)
+
+
+def test_the_notes_numbers_brain_reaches_the_target_and_both_ablations_stop_where_1_says():
+    at = {name: train(Setting(name, **EASY), (0, 1)) for name in ablation.ESTIMATORS}
+    assert at["brain"]["kl_of_target"][0] == pytest.approx(1.79, abs=0.005)
+    assert max(at["brain"]["kl_from_target"]) < 0.01
+    stops = ablation.stop(Setting("no-baseline", **EASY), (0, 1))
+    assert stops[0] == pytest.approx(0.313, abs=0.02)
+    for name in ("no-baseline", "no-self-norm"):
+        assert at[name]["kl_from_target"] == pytest.approx(stops, rel=0.15)
+
+
+def test_with_a_renewed_proposal_all_three_agree():
+    for name in ablation.ESTIMATORS:
+        assert max(train(Setting(name, refresh=50, **EASY), (0, 1))["kl_from_target"]) < 0.02
+
+
+def test_seeds_side_by_side_are_runs_of_their_own():
+    # The gradient of a seed's logits is that of its own responses, divided by its own groups only.
+    settings = Setting("no-baseline", scale=0.5, steps=300)
+    together, alone = train(settings, (4, 5)), train(settings, (5,))
+    assert together["kl_of_target"][1] == alone["kl_of_target"][0]
+    assert together["kl_from_target"][1] == pytest.approx(alone["kl_from_target"][0], rel=0.2)
+
+
+def test_1_is_at_most_log_n_nats_from_the_proposal_by_enumeration():
+    rewards = torch.randn(4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    prior = rewards.flip(0).log_softmax(-1)
+
+    def chosen(picks):
+        none = torch.zeros(1, len(picks), dtype=torch.float64)
+        weights = brain.posterior_weights(none, rewards[picks][None], none, 1.0)[0]
+        return torch.zeros(4, dtype=torch.float64).index_add(0, picks, weights)
+
+    for n in (2, 3):
+        mixed = expectation(prior, n, chosen)
+        assert mixed.sum() == pytest.approx(1)
+        assert (mixed / prior.exp()).max() < n
+        assert 0 < (mixed * (mixed.log() - prior)).sum() < math.log(n)
+
+
+# ── pages ──
+
+
+def test_the_page_of_the_ablation_is_that_of_its_raw_lines():
+    lines = read_lines(ablation.RESULTS / "ablation.jsonl")
+    assert {line["part"] for line in lines} == {"product", "stop"}
+    measured = {Setting(**line["setting"]) for line in ablation.lines_of("product")}
+    assert measured == set(ablation.SETTINGS)
+    page = ablation.ROOT / "docs" / "ablation.md"
+    assert ablation.page() == page.read_text(encoding="utf-8")
