@@ -146,10 +146,11 @@ def up_to_end(ids: list[int], end_tokens: list[int]) -> list[int]:
     return ids
 
 
-def micro_batches(count: int, size: int) -> list[slice]:
-    """Slices of at most `size` prompts that cover `count` prompts; size 0 = all at once."""
-    size = size or count
-    return [slice(start, start + size) for start in range(0, count, size)]
+def micro_batches(count: int, size: int, first: int = 0) -> list[slice]:
+    """Slices of at most `size` prompts that cover `count` prompts from `first` on; size 0 = all at
+    once."""
+    end = first + count
+    return [slice(i, min(i + (size or count), end)) for i in range(first, end, size or count)]
 
 
 def require_finite(values: Tensor, what: str, batch: Batch, advice: str = "") -> None:
@@ -793,7 +794,7 @@ def step_size(args, update: int) -> float:
     last one would have: on a line, or as half a cosine.
     """
     warmup = max(1, args.warmup_steps)
-    behind = args.steps * args.updates_per_sample + 1
+    behind = args.steps * args.updates_per_sample * args.minibatches + 1
     left = min(1.0, (behind - update) / max(1, behind - warmup))
     share = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
     return args.lr * min(1.0, update / warmup) * share[args.lr_schedule]

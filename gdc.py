@@ -78,7 +78,9 @@ class Args:
     steps: int = 100
     """batches of samples to train on"""
     updates_per_sample: int = 1
-    """optimizer steps on each batch of samples"""
+    """passes over each batch of samples (epochs)"""
+    minibatches: int = 1
+    """optimizer steps per pass, each on another part of the batch, of equally many prompts"""
     micro_batch: int = 0
     """prompts per forward and backward pass, to save memory; 0 = all; gradients stay the same"""
     lr: float = 5e-4
@@ -229,12 +231,15 @@ def main(args: Args) -> dict[str, float]:
         weights = (log_w - log_z).exp().float()
 
         # ── update ──
-        for update in range(args.updates_per_sample):
-            updates = (step - 1) * args.updates_per_sample + update + 1
+        size = len(prompts) // args.minibatches
+        for update in range(args.updates_per_sample * args.minibatches):
+            updates = (step - 1) * args.updates_per_sample * args.minibatches + update + 1
             lr = common.step_size(args, updates)
             optimizer.param_groups[0]["lr"] = lr
-            logprobs, entropy, loss = [], [], []
-            for rows in common.micro_batches(len(prompts), args.micro_batch):
+            first = update % args.minibatches * size
+            if first == 0:  # a pass begins
+                logprobs, entropy, loss = [], [], []
+            for rows in common.micro_batches(size, args.micro_batch, first):
                 token_logprobs, token_entropy = common.token_logprobs_and_entropy(
                     policy, batch[rows], args.temperature
                 )
@@ -244,11 +249,10 @@ def main(args: Args) -> dict[str, float]:
                 )
                 advice = "take a smaller --lr or fewer --updates-per-sample"
                 common.require_finite(part_loss, "the loss", batch[rows], advice)
-                (part_loss.sum() / len(prompts)).backward()
+                (part_loss.sum() / size).backward()
                 logprobs.append(part_logprobs.detach())
                 entropy.append(part_entropy)
                 loss.append(part_loss.detach())
-            logprobs, entropy, loss = torch.cat(logprobs), torch.cat(entropy), torch.cat(loss)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             common.require(
                 grad_norm.isfinite(),
@@ -280,6 +284,7 @@ def main(args: Args) -> dict[str, float]:
 
         # ── log ──
         updated = run.clock()
+        logprobs, entropy, loss = torch.cat(logprobs), torch.cat(entropy), torch.cat(loss)
         lengths = batch.lengths()
         tokens = run.average(lengths.sum()).item()
         metrics = {

@@ -31,7 +31,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 POSITIVE = (
     "prompts_per_step samples_per_prompt max_response_tokens temperature steps "
-    "updates_per_sample lr max_grad_norm eval_every eval_prompts save_every"
+    "updates_per_sample minibatches lr max_grad_norm eval_every eval_prompts save_every"
 ).split()  # numbers that must be more than 0; all others may be 0
 FORMAT = 4  # of checkpoints: raised when what they hold changes
 HEADLINE = "reward/mean kl/ref eval/loss eval/accuracy eval/reward eval/kl eval/win_rate".split()
@@ -176,9 +176,9 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         require(
-            args.prompts_per_step % self.world == 0,
-            f"--prompts-per-step {args.prompts_per_step}: cannot be split over {self.world} "
-            "processes",
+            args.prompts_per_step % (self.world * args.minibatches) == 0,
+            f"--prompts-per-step {args.prompts_per_step}: cannot be split evenly over "
+            f"{self.world} processes and --minibatches {args.minibatches}",
         )
         require(
             args.dtype != "bfloat16" or args.lora_rank,

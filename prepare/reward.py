@@ -98,6 +98,7 @@ class Args:
     reward_model: ClassVar[str] = ""
     temperature: ClassVar[float] = 1.0
     updates_per_sample: ClassVar[int] = 1
+    minibatches: ClassVar[int] = 1
     chat_template_kwargs: ClassVar[str] = "{}"  # the methods read a reward model without any
 
 

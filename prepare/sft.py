@@ -92,6 +92,7 @@ class Args:
     reward_model: ClassVar[str] = ""
     temperature: ClassVar[float] = 1.0
     updates_per_sample: ClassVar[int] = 1
+    minibatches: ClassVar[int] = 1
 
 
 def sft_loss(logprobs: Tensor, tokens: float) -> Tensor:

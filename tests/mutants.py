@@ -72,6 +72,37 @@ CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them wo
 }
 MUTANTS = [
     # brain.py
+    ("brain.py", "update % args.minibatches * size", "0", TRAINING, "minibatches and variant0"),
+    (
+        "gdc.py",
+        "size, args.micro_batch, first)",
+        "size, args.micro_batch)",
+        TRAINING,
+        "minibatches",
+    ),
+    (
+        "wind.py",
+        "(part_loss.sum() / size)",
+        "part_loss.mean()",
+        TRAINING,
+        "minibatches and variant3",
+    ),
+    ("bond.py", "if first == 0:", "if update == 0:", TRAINING, "minibatches and variant4"),
+    (
+        "ppo.py",
+        "len(prompts) // args.minibatches",
+        "len(prompts)",
+        TRAINING,
+        "minibatches and variant5",
+    ),
+    (
+        "common.py",
+        "updates_per_sample * args.minibatches",
+        "updates_per_sample",
+        TRAINING,
+        "falls_over",
+    ),
+    ("plumbing/run.py", "(self.world * args.minibatches)", "self.world", BAD, "uneven"),
     ("brain.py", "ref_logprobs + rewards / beta", "ref_logprobs - rewards / beta", BRAIN, "eq1"),
     ("brain.py", "rewards / beta - proposal_logprobs", "rewards / beta", BRAIN, "eq1"),
     ("brain.py", "log_weights, dim=1)  # (1)", "log_weights, dim=0)  # (1)", BRAIN, "eq1"),

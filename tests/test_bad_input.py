@@ -80,6 +80,7 @@ def refused(flags, capsys, **change) -> str:
         ("eval_prompts", 0, "more than 0"),
         ("save_every", 0, "more than 0"),
         ("updates_per_sample", 0, "more than 0"),
+        ("minibatches", 0, "more than 0"),
         ("refresh_every", -1, "at least 0"),
         ("max_response_tokens", 0, "more than 0"),
     ],
@@ -88,6 +89,11 @@ def test_a_number_out_of_range(flags, capsys, flag, value, reason):
     """Before anything is loaded: the policy is missing as well, and is not what is complained of."""
     flags = flags | {"--policy": "/no/such/policy"}
     assert reason in refused(flags, capsys, **{flag: value})
+
+
+def test_minibatches_that_would_be_uneven(flags, capsys):
+    message = refused(flags, capsys, prompts_per_step=4, minibatches=3)
+    assert "--prompts-per-step 4" in message and "--minibatches 3" in message
 
 
 @pytest.mark.parametrize(

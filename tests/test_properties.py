@@ -103,11 +103,11 @@ def test_rows_hold_each_prompt_and_response_where_they_say(drawn, shared):
     assert at == len(before)
 
 
-@given(st.integers(1, 40), st.integers(0, 50))
-def test_micro_batches_cover_every_prompt_once(count, size):
-    parts = common.micro_batches(count, size)
-    assert [i for part in parts for i in range(count)[part]] == list(range(count))
-    assert all(0 < len(range(count)[part]) <= (size or count) for part in parts)
+@given(st.integers(1, 40), st.integers(0, 50), st.integers(0, 20))
+def test_micro_batches_cover_every_prompt_once(count, size, first):
+    parts, all_prompts = common.micro_batches(count, size, first), range(first + count + 7)
+    assert [i for part in parts for i in all_prompts[part]] == list(range(first, first + count))
+    assert all(0 < len(all_prompts[part]) <= (size or count) for part in parts)
 
 
 @given(ragged(), ragged())

@@ -354,6 +354,48 @@ def test_a_run_with_adapters(world, tmp_path, monkeypatch, variant):
     torch.testing.assert_close(logits_of(policy.module), logits_of(plain), atol=1e-4, rtol=1e-4)
 
 
+MINIBATCHED = [(brain, {}), (gdc, {}), (dpo, {}), (wind, {}), (bond, {}), (ppo, {})]
+MINIBATCHED += [(ppo, {"advantage": "rloo"}), (bond, {"anchor": "copy", "eta": 1.0})]
+
+
+@pytest.mark.parametrize("variant", MINIBATCHED)
+def test_the_minibatches_of_a_pass_add_up_to_the_batch(world, tmp_path, monkeypatch, variant):
+    """While the weights stay, their gradients average to that of the batch, in each pass, and the
+    metrics are those of the batch."""
+    script, more = variant
+    gradients = []
+
+    def step(optimizer, *inputs, **named):
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        gradient = torch.cat([w.grad.flatten().clone() for w in weights])
+        if gradient.any():  # of zeros are those with which torch prepares the optimizer's state
+            gradients.append(gradient)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    more = more | {"steps": 1, "max_grad_norm": 1e9, "prompts_per_step": 4, "lora_rank": 0}
+    folder = run(script, flags(world), tmp_path / "whole", **more)
+    whole = read_log(folder / "metrics.jsonl")[-1]
+    (expected,) = gradients
+    gradients.clear()
+    more |= {"minibatches": 2, "updates_per_sample": 2, "micro_batch": 1}
+    folder = run(script, flags(world), tmp_path / "parts", **more)
+    parts = read_log(folder / "metrics.jsonl")[-1]
+    assert len(gradients) == 4
+    torch.testing.assert_close(gradients[2:], gradients[:2])
+    scale = expected.abs().max().item()
+    assert (gradients[0] - gradients[1]).abs().max() > 0.05 * scale
+    torch.testing.assert_close(sum(gradients[:2]) / 2, expected, atol=2e-5 * scale, rtol=1e-3)
+    for name in ("loss", "kl/ref", "entropy/token"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5)
+
+
+def test_the_step_size_falls_over_all_minibatches():
+    args = brain.Args(lr=1.0, steps=2, updates_per_sample=2, minibatches=2, warmup_steps=0)
+    args = replace(args, lr_schedule="linear")
+    sizes = [common.step_size(args, update) for update in range(1, 10)]
+    assert sizes == pytest.approx([1 - i / 8 for i in range(9)])
+
+
 @pytest.mark.parametrize("more", one_per_script([{}, {}, {"updates_per_sample": 3}])[1:])
 def test_an_anchor_of_adapters_follows(world, tmp_path, more):
     """As (8) says, factor by factor; what lies below stays, to the last bit."""
