@@ -146,7 +146,7 @@ MUTANTS = [
         BRAIN,
         "eq4",
     ),
-    ("brain.py", "(part_loss.sum() / len(prompts))", "part_loss.mean()", BRAIN, "first"),
+    ("brain.py", "(part_loss.sum() / size)", "part_loss.mean()", BRAIN, "first"),
     ("brain.py", ', "proposal": proposal}', "}", RESUMED, "random_step"),
     (
         "brain.py",
