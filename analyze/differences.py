@@ -17,11 +17,16 @@ def code(name: str) -> list[str]:
     return (ROOT / f"{name}.py").read_text().split('"""', 2)[2].splitlines()
 
 
+def aligned(first: list[str], second: list[str]) -> difflib.SequenceMatcher:
+    """The alignment of two lists of lines, in which no line is too common to count."""
+    return difflib.SequenceMatcher(None, first, second, autojunk=False)
+
+
 def differing_lines(first: str, second: str) -> int:
     """Lines that are not the same in both."""
-    matcher = difflib.SequenceMatcher(None, code(first), code(second), autojunk=False)
     count = 0
-    for tag, begin, end, other_begin, other_end in matcher.get_opcodes():
+    opcodes = aligned(code(first), code(second)).get_opcodes()
+    for tag, begin, end, other_begin, other_end in opcodes:
         if tag != "equal":
             count += max(end - begin, other_end - other_begin)
     return count

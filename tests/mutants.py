@@ -58,6 +58,7 @@ PREPARE = path_of("prepare")
 EVALUATE = path_of("evaluate")
 ABLATION = path_of("ablation")
 COMPARE = path_of("compare")
+VIEW = path_of("side_by_side")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
     "every_block": "check_shards",
     "same_bits": "check_mixed",
@@ -1209,6 +1210,16 @@ MUTANTS = [
     ),
     ("analyze/sweep.py", "per_prompt += flags.anchor_samples", "pass", COMPARE, "are_counted"),
     ("analyze/sweep.py", "os.killpg(self.process.pid", "os.kill(self.process.pid", COMPARE, "ctrl"),
+    # analyze/side_by_side.py
+    (
+        "analyze/differences.py",
+        "max(end - begin, other_end",
+        "(end - begin + other_end",
+        VIEW,
+        "pair",
+    ),
+    ("analyze/side_by_side.py", "begin + ends[0], other + ends[1]", "begin, other", VIEW, "pair"),
+    ("analyze/side_by_side.py", "[*before, numbered[1]", "[numbered[1]", VIEW, "two_lines"),
 ]
 
 
