@@ -148,32 +148,34 @@ def draw_phases(groups: dict[str, list[list[dict]]]):
     return figure
 
 
-def best_of_curve(folders: list[str], count: int) -> list[dict]:
-    """Reward and win rate of the best of 1, 2, 4 … `count` samples of the SFT model."""
-    flags = evaluate.shared_flags(folders)
+def best_of_curve(flags, count: int, seed: int = 1, judge: str = "") -> list[dict]:
+    """Reward and win rate of the best of 1, 2, 4 … `count` samples of the SFT model, by the reward
+    model of `flags`; and its win rate by another judge, named as in `analyze.evaluate`."""
     device, tokenizer, start, references = evaluate.read_start(0, flags)
-    judge = score_judge("reward", flags, device, tokenizer, start)
-    theirs = common.score(judge.reward_model, references).cpu().double().numpy()
-    batch = evaluate.sample(start, flags, references.prompts, count, flags.temperature, seed=1)
+    batch = evaluate.sample(start, flags, references.prompts, count, flags.temperature, seed)
     size = flags.micro_batch or flags.prompts_per_step
-    ours = common.score(judge.reward_model, batch, size).cpu().double().numpy()
-    wins = (ours > theirs) + 0.5 * (ours == theirs)
-    return [
-        {
-            "n": n,
-            "kl_bound": kl_bound(n),
-            "eval/reward": best_of_mean(ours, ours, n),
-            "eval/win_rate": best_of_mean(ours, wins, n),
-        }
-        for n in (2**power for power in range(count.bit_length()))
-    ]
+    judges = {"eval/win_rate": score_judge("reward", flags, device, tokenizer, start)}
+    if judge:
+        judges["judge_win_rate"] = score_judge(judge, flags, device, tokenizer, start)
+    scores, wins = {}, {}
+    for key, each in judges.items():
+        theirs = common.score(each.reward_model, references).cpu().double().numpy()
+        scores[key] = common.score(each.reward_model, batch, size).cpu().double().numpy()
+        wins[key] = (scores[key] > theirs) + 0.5 * (scores[key] == theirs)
+    ours, points = scores["eval/win_rate"], []
+    for n in (2**power for power in range(count.bit_length())):
+        point = {"n": n, "kl_bound": kl_bound(n), "eval/reward": best_of_mean(ours, ours, n)}
+        points.append(point | {key: best_of_mean(ours, won, n) for key, won in wins.items()})
+    return points
 
 
 def main(args: Args) -> Path:
     """Draws the pictures; returns their folder."""
     groups = read_groups(args.runs)
     require(args.best_of >= 0, f"--best-of {args.best_of}: must be at least 0")
-    best = best_of_curve(args.runs, args.best_of) if args.best_of else []
+    best = []
+    if args.best_of:
+        best = best_of_curve(evaluate.shared_flags(args.runs), args.best_of)
     out = Path(args.out or Path(args.runs[0], "plots"))
     pictures = {"curves": draw_curves(groups), "frontier": draw_frontier(groups, best)}
     pictures["phases"] = draw_phases(groups)

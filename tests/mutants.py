@@ -1166,8 +1166,8 @@ MUTANTS = [
     ("analyze/intervals.py", "math.log(n) - (n - 1) / n", "math.log(n)", EVALUATE, "begins_at"),
     (
         "analyze/plot.py",
-        "best_of_mean(ours, wins, n)",
-        "best_of_mean(wins, ours, n)",
+        "best_of_mean(ours, won, n)",
+        "best_of_mean(won, ours, n)",
         EVALUATE,
         "begins_at",
     ),

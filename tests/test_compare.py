@@ -1,19 +1,23 @@
-"""Sweeps of runs."""
+"""Sweeps of runs, and the comparison that is made of them."""
 
+import importlib
 import json
+import math
 import signal
 import subprocess
 import tempfile
 from types import SimpleNamespace
 
 import pytest
+import scipy.stats
 
 import bond
 import brain
 import common
 import dpo
 import gdc
-from analyze import sweep
+from analyze import compare, sweep
+from analyze.intervals import over_seeds
 from analyze.sweep import Planned
 
 # A script that takes no time: it writes the log of a run, whose KL is its --beta.
@@ -103,7 +107,9 @@ def test_ctrl_c_drops_what_is_under_way_and_keeps_what_is_finished(checkout, mon
     assert stopped.value.code == 130 and "1 under way are dropped" in capsys.readouterr().out
     assert len(sweep.read_results(path)) == 1
     assert not list(folders.iterdir())  # of no run a folder is left, and no process:
-    assert str(folders) not in subprocess.run(["ps", "-ef"], capture_output=True, text=True).stdout
+    assert (
+        str(folders) not in subprocess.run(["ps", "-efww"], capture_output=True, text=True).stdout
+    )
 
 
 def test_time_left_is_shared_by_the_jobs():
@@ -152,3 +158,79 @@ def test_of_a_command_the_last_line_counts(tmp_path):
     path.write_text("".join(json.dumps({"command": "c", "n": n}) + "\n" for n in (1, 2)))
     assert sweep.read_results(path) == [{"command": "c", "n": 2}]
     assert sweep.read_results(tmp_path / "none.jsonl") == []
+
+
+# ── the same KL ──
+def line_of(label: str, seed: int, kl: list[float], wins: list[float], **others) -> dict:
+    curve = [
+        {"step": 10 * i, "kl": x, "win_rate": y, "judge_win_rate": y / 2, "reward": 2 * y}
+        for i, (x, y) in enumerate(zip(kl, wins))
+    ]
+    line = {"label": label, "seed": seed, "curve": curve, "cpu_seconds": 100, "samples": 1000}
+    return (
+        line | {"script": "brain", "command": f"python brain.py --x {label} --seed {seed}"} | others
+    )
+
+
+def test_a_curve_is_read_where_it_first_reaches_a_kl():
+    line = line_of("a", 1, [0, 1, 3, 2, 4], [0.5, 0.6, 0.8, 0.9, 0.9])
+    curve = compare.progress(line)
+    found = compare.at(curve, 2.0)  # half-way from 1 to 3, and not where it comes back
+    assert found["win_rate"] == pytest.approx(0.7)
+    assert found["step"] == pytest.approx(15)
+    assert found["samples"] == pytest.approx(1000 * 15 / 40)
+    assert found["cpu_seconds"] == pytest.approx(100 * 15 / 40)
+    assert compare.at(curve, 0.0)["win_rate"] == 0.5
+    assert compare.at(curve, 4.0)["win_rate"] == 0.9
+    assert compare.at(curve, 4.1) is None
+    assert compare.at(curve, 0.7, "win_rate")["kl"] == pytest.approx(2)
+
+
+def test_a_run_that_never_comes_so_far_is_left_out_and_counted():
+    lines = [line_of("a", 1, [0, 3], [0.5, 0.8]), line_of("a", 2, [0, 1], [0.5, 0.9])]
+    text = compare.matched_table(lines, ["a"], [], (2.0,))
+    assert "| a | 0.70 (1 of 2 seeds) | 0.35 (1 of 2 seeds) |" in text
+    assert len(compare.points(lines, 1.0)) == 2 and len(compare.points(lines, None)) == 2
+
+
+def test_the_table_has_the_sft_model_and_the_mean_with_student_s_interval():
+    lines = [line_of("a", seed, [0, 3], [0.5, x]) for seed, x in ((1, 0.7), (2, 0.8), (3, 0.9))]
+    text = compare.defaults_table(lines, ["b", "a"])
+    half = scipy.stats.t.ppf(0.975, 2) * 0.1 / 3**0.5
+    assert f"| a | 0.80 ± {half:.2f} | 0.40 ± {half / 2:.2f} | 3.00 ± 0.00 | 100 ± 0 |" in text
+    assert "| SFT model | 0.50 ± 0.00 | 0.25 ± 0.00 | 0 |" in text
+
+
+@pytest.mark.parametrize("count", range(2, 11))
+def test_intervals_over_seeds_are_student_s(count):
+    values = [float(x**2) for x in range(count)]
+    found = over_seeds(values)
+    error = scipy.stats.sem(values)
+    low, high = scipy.stats.t.interval(0.95, count - 1, sum(values) / count, error)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=2e-3)
+
+
+def test_one_seed_says_nothing_of_others():
+    assert over_seeds([0.5]) == {"value": 0.5, "low": -math.inf, "high": math.inf}
+
+
+def test_the_first_methods_get_all_their_seeds_before_the_others_begin():
+    world = compare.WORLDS["tiny"]
+    runs = compare.planned(world, (1, 2))
+    assert [run.seed for run in runs[:16]] == [1] * 8 + [2] * 8
+    assert len({run.command for run in runs}) == 2 * len(world.arms)
+    assert [run.label for run in compare.planned(world, (3,), ("WIND",))] == ["WIND"]
+
+
+def test_a_label_that_is_no_method_is_named(capsys):
+    with pytest.raises(SystemExit):
+        compare.planned(compare.WORLDS["tiny"], (1,), ("WINDY",))
+    assert "WINDY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", compare.WORLDS)
+def test_every_planned_run_has_flags_that_its_script_knows(world):
+    for run in compare.planned(compare.WORLDS[world], (1,)):
+        script = importlib.import_module(run.script)
+        args = common.parse_args(script.Args, run.words[1:])
+        script.check(args)

@@ -655,7 +655,7 @@ def test_the_pictures_show_what_the_runs_say(tmp_path):
 def test_the_curve_of_the_best_of_n_begins_at_the_samples_themselves(run, loaded):
     """Of one: their mean reward and win rate; of more: higher, at a larger bound of the KL."""
     flags, tokenizer, prompts, start, judge = loaded
-    best = plot.best_of_curve([str(run)], 6)
+    best = plot.best_of_curve(evaluate.shared_flags([str(run)]), 6)
     assert [point["n"] for point in best] == [1, 2, 4]
     assert [point["kl_bound"] for point in best] == [0, math.log(2) - 1 / 2, math.log(4) - 3 / 4]
     samples = evaluate.sample(start, flags, prompts, 6, 1.0, seed=1)
