@@ -243,7 +243,7 @@ START = """# The ablation of BRAIn
 What does a run need of BRAIn's weights α̂ − β̂? Without normalising the baseline they are
 α̂ − (1/N)·q_θ/q′ ("w/o self-norm"), without any baseline α̂ ("w/o baseline"). Made by
 `python -m analyze.ablation`, which says what is measured; raw lines:
-`analyze/results/ablation.jsonl` and `ablation_tiny.jsonl`.
+`analyze/results/ablation.jsonl`.
 
 ![KL from the target](ablation.png)
 
@@ -302,8 +302,9 @@ renewed proposal change how fast, not where.
 TINY_START = """
 ## The tiny language model
 
-`brain.py` on its embedded default after {steps} steps, {seeds}; medians (least to largest). Here
-the target is not known, and the runs are still on their way.
+`brain.py` on its embedded default after {steps} steps, {seeds}; medians (least to largest); raw
+lines: `analyze/results/ablation_tiny.jsonl`. Here the target is not known, and the runs are still
+on their way.
 
 {table}
 """

@@ -1220,6 +1220,43 @@ MUTANTS = [
     ),
     ("analyze/side_by_side.py", "begin + ends[0], other + ends[1]", "begin, other", VIEW, "pair"),
     ("analyze/side_by_side.py", "[*before, numbered[1]", "[numbered[1]", VIEW, "two_lines"),
+    # analyze/ablation.py and wind_cost.py
+    (
+        "analyze/ablation.py",
+        "upto = logprobs.exp().cumsum(-1)",
+        "upto = logprobs.exp().cumsum(-1).roll(1, -1)",
+        ABLATION,
+        "are_drawn",
+    ),
+    (
+        "analyze/ablation.py",
+        "if setting.refresh and step",
+        "if not setting.refresh and step",
+        ABLATION,
+        "notes or renewed",
+    ),
+    (
+        "analyze/ablation.py",
+        "posterior_weights(none, scores, none, 1.0).reshape",
+        "posterior_weights(none, 0 * scores, none, 1.0).reshape",
+        ABLATION,
+        "notes",
+    ),
+    ("analyze/wind_cost.py", "- p / 2  # an arm", "- p  # an arm", ABLATION, "win_rates or rate"),
+    (
+        "analyze/wind_cost.py",
+        "other.lerp_(logits, args.eta)",
+        "other.lerp_(logits, 0)",
+        ABLATION,
+        "bandit",
+    ),
+    (
+        "analyze/wind_cost.py",
+        "elif step % args.refresh_every == 0:",
+        "elif False:",
+        ABLATION,
+        "bandit",
+    ),
 ]
 
 

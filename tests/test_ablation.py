@@ -8,7 +8,7 @@ import torch
 from tables import expectation
 
 import brain
-from analyze import ablation
+from analyze import ablation, wind_cost
 from analyze.ablation import Setting, train
 from plumbing.report import read_lines
 
@@ -74,6 +74,68 @@ def test_1_is_at_most_log_n_nats_from_the_proposal_by_enumeration():
         assert 0 < (mixed * (mixed.log() - prior)).sum() < math.log(n)
 
 
+# ── the bandit ──
+
+
+def test_win_rates_and_best_of_n_of_the_bandit_by_enumeration():
+    ref, rewards = wind_cost.world((1,), arms=5)
+    policy, ref, rewards = ref[0], ref[1], rewards[0]
+    duels = ((rewards[:, None] - rewards).sign() + 1) / 2
+    torch.testing.assert_close(wind_cost.win_rates_over(policy), duels @ policy.exp())
+    best = expectation(ref, 3, lambda picks: torch.eye(5).double()[picks.max()])  # ascending
+    torch.testing.assert_close(wind_cost.best_of(ref, 3).exp(), best)
+
+
+@pytest.mark.parametrize(("beta", "win", "nats"), [(0.25, 0.7687, 0.5952), (1.0, 0.5820, 0.0413)])
+def test_the_equilibrium_is_one_and_is_near_the_closed_forms(beta, win, nats):
+    ref, rewards = wind_cost.world((1,))
+    star = wind_cost.equilibrium(ref, beta)
+    residual = star - (ref + wind_cost.win_rates_over(star) / beta).log_softmax(-1)
+    assert residual.abs().max() < 1e-10
+    at = wind_cost.standing(star, ref, star, rewards)
+    assert at["win_rate"].mean().item() == pytest.approx(win, abs=2e-3)
+    assert at["kl"].mean().item() == pytest.approx(nats, abs=1e-2)
+    assert at["kl_from_equilibrium"].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.4])
+def test_the_exact_step_comes_closer_at_the_linear_rate(eta):
+    ref, _ = wind_cost.world((2,))
+    star, policy = wind_cost.equilibrium(ref, 0.1), ref
+    start = wind_cost.kl(star, ref)
+    for t in range(1, 100):
+        policy = wind_cost.exact_step(policy, ref, 0.1, eta)
+        assert (wind_cost.kl(star, policy) <= (1 + 0.1 * eta) ** -t * start + 1e-12).all()
+
+
+def test_on_the_bandit_wind_comes_to_its_equilibrium_and_the_others_go_past_it(monkeypatch):
+    monkeypatch.setattr(wind_cost, "CONTEXTS", 2)
+    monkeypatch.setattr(wind_cost, "BETA", 0.5)
+    methods = wind_cost.METHODS | {"WIND": wind_cost.Method("wind", {"beta": 0.5})}
+    found = {
+        name: wind_cost.train(methods[name], (1, 2), steps=300, arms=5)
+        for name in ("WIND", "SPPO (β = 0)", "J-BOND", "iterative BOND")
+    }
+    for name, line in found.items():
+        for seed in range(2):
+            wins, far = line["win_rate"][seed], line["kl_from_equilibrium"][seed]
+            assert wins[0] == pytest.approx(0.5) and far[0] > 0.05
+            assert far[-1] < 0.01 if name == "WIND" else far[-1] > 0.1
+            assert wins[-1] >= found["WIND"]["win_rate"][seed][-1]
+
+
+def test_what_a_step_asks():
+    asks = {name: method.comparisons() for name, method in wind_cost.METHODS.items()}
+    # 8 samples: 28 pairs; 8 against 2 and these against each other; 8 against 4, and 2 of the 4
+    assert (asks["WIND"], asks["J-BOND"], asks["iterative BOND"]) == (28, 17, 33)
+
+
+def test_when_a_curve_first_reaches_a_height():
+    assert wind_cost.reached([0, 10, 20], [0.5, 0.7, 0.9], 0.8) == pytest.approx(15)
+    assert wind_cost.reached([0, 10, 20], [0.5, 0.9, 0.7], 0.6) == pytest.approx(2.5)
+    assert wind_cost.reached([0, 10], [0.5, 0.7], 0.8) is None
+
+
 # ── pages ──
 
 
@@ -84,3 +146,10 @@ def test_the_page_of_the_ablation_is_that_of_its_raw_lines():
     assert measured == set(ablation.SETTINGS)
     page = ablation.ROOT / "docs" / "ablation.md"
     assert ablation.page() == page.read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_costs_is_that_of_its_raw_lines():
+    lines = wind_cost.bandit_lines()
+    assert [line["method"] for line in lines] == list(wind_cost.METHODS)
+    page = wind_cost.ROOT / "docs" / "wind_cost.md"
+    assert wind_cost.page() == page.read_text(encoding="utf-8")
