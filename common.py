@@ -68,7 +68,7 @@ GPU_CHUNK = 2**27  # the same on a GPU, 512 MiB: each chunk reads, casts and add
 MOST_LOGITS = 2**25  # kept for the backward pass, 128 MiB; of more, none is kept
 MISTAKE = 1 / 3  # of the effect of an unseen token: what bfloat16 may differ by
 DRAWN = 8  # prompts sampled for at once, per prompt of --micro-batch: no activations are kept
-MOST_ENDED = 0.25  # of the rows being sampled: as many must have ended for them to leave
+MOST_ENDED = 0.25  # of the responses being sampled: as many must have ended for them to leave
 
 
 # ── A batch ───────────────────────────────────────────────────────────────────────────────────────
@@ -428,15 +428,14 @@ def _sample(model: Model, prompts: list[Prompt], u: Tensor, temperature: float) 
     """The responses that u [T, P, N] draws.
 
     The prompt is computed once per row; each step feeds one token of each of the row's responses.
-    The slots behind the prompt go to the responses in turn: L + t · w + i is token t of response i.
     """
     from plumbing.cache import make_cache  # late, as it imports transformers
 
-    device, (max_tokens, _, n) = model.device, u.shape
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    width = _row_width(model, longest, max_tokens / 2, n)  # a row fills up as it goes
+    device, (max_tokens, count, n) = model.device, u.shape
+    first = max(len(prompt.tokens) for prompt in prompts)
+    width = _row_width(model, first, max_tokens / 2, n)  # a row fills up as it goes
     tokens, segment, position = _prompt_rows(model, prompts, n // width)  # [R, L]
-    cache = make_cache(model, longest + max_tokens * width)
+    cache = make_cache(model, first + max_tokens * width)
     mask = _attention_mask(model, segment, position, slice(None))
     # The prompt's last state speaks for all responses of the row: [R, 1, D], later [R, w, D].
     states = _forward(model, tokens, position, mask, cache)[:, -1:]
@@ -445,44 +444,122 @@ def _sample(model: Model, prompts: list[Prompt], u: Tensor, temperature: float) 
     place = torch.arange(1, max_tokens + 1, device=device).repeat_interleave(width)
     segment = torch.cat([segment, response.expand(len(tokens), -1)], 1)
     position = torch.cat([position, position[:, -1:] + place], 1)
-    groups = model.groups if width > 1 else 1
 
-    ends = torch.tensor(model.end_tokens, device=device)
-    shape = (len(tokens), width)
-    u = u.reshape(max_tokens, *shape)
-    drawn = torch.zeros(*shape, max_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(shape, device=device)
-    running = torch.ones(shape, dtype=torch.bool, device=device)
-    left = torch.arange(len(tokens), device=device)  # rows with a response that has not ended
-    whole = None  # the mask of the last token's slots
-    for t in range(max_tokens):
-        token, token_logprobs = _draw(_logits(model, states), temperature, u[t][left])
-        drawn[left, :, t] = token
-        logprobs[left] += token_logprobs * running[left]
-        running[left] &= ~torch.isin(token, ends)
-        if t + 1 == max_tokens:
-            break
+    u, which = u.flatten(1), torch.arange(count * n, device=device).view(-1, width)
+    rows = Decoding(model, temperature, cache, first, u, which, segment, position)
+    _draw_next(rows, states)
+    running = torch.ones(count * n, dtype=torch.bool, device=device)
+    ends, step = torch.tensor(model.end_tokens, device=device), _make_step(rows)
+    for t in range(1, max_tokens):
         # Asking a GPU how many have ended stalls it: ask at every eighth token.
-        if device.type == "cpu" or t % 8 == 7:
-            stay = running[left].any(1).nonzero()[:, 0]
-            if len(stay) == 0:
+        if device.type == "cpu" or t % 8 == 0:
+            running &= ~torch.isin(rows.drawn[max(0, t - 8) : t], ends).any(0)
+            going = running[rows.which].cpu()
+            if not going.any():
                 break
-            if model.shared_rows and len(stay) <= (1 - MOST_ENDED) * len(left):
-                cache.batch_select_indices(stay)
-                left, token = left[stay], token[stay]
-                segment, position, whole = segment[stay], position[stay], None
-        filled = longest + (t + 1) * width
-        now = slice(filled - width, filled)
-        if model.window:
-            mask = _attention_mask(model, segment[:, :filled], position[:, :filled], now, groups)
-        else:  # each token's is the last one's, cut where its own slots end
-            if whole is None:
-                whole = _attention_mask(model, segment, position, slice(-width, None), groups)
-            mask = whole[..., :filled]
-        states = _forward(model, token, position[:, now], mask, cache)
-    responses = drawn.view(len(prompts), n, max_tokens).tolist()
+            if model.shared_rows and _leave(rows, going, t):
+                step = _make_step(rows)
+        step()
+    responses = rows.drawn.T.view(count, n, max_tokens).tolist()
     responses = [[up_to_end(ids, model.end_tokens) for ids in group] for group in responses]
-    return Batch(prompts, responses, logprobs.view(len(prompts), n))
+    ended = torch.isin(rows.drawn, ends).int()
+    up_to_first = ended.cumsum(0) == ended  # [T, P · N]
+    logprobs = rows.logprobs.where(up_to_first, 0).sum(0)
+    return Batch(prompts, responses, logprobs.view(count, n))
+
+
+@dataclass
+class Decoding:
+    """R rows of w responses each while they are sampled, and the S slots that they will fill.
+
+    The slots behind the prompt go to the responses in turn: L + t · w + i is token t of response i.
+    """
+
+    model: Model
+    temperature: float
+    cache: object
+    first: int  # slot behind the prompt, L
+    u: Tensor  # [T, P · N] in [0, 1), which draws the tokens
+    which: Tensor  # [R, w], a row's responses, of P · N
+    segment: Tensor  # [R, S]
+    position: Tensor  # [R, S]
+    t: int | Tensor = 0  # the token to be drawn next
+    mask: Tensor | None = None  # of the last slots, where a token's is a part of it
+
+    def __post_init__(self):
+        self.drawn = torch.zeros_like(self.u, dtype=torch.long)  # [T, P · N], the tokens
+        self.logprobs = torch.zeros_like(self.u, dtype=torch.float)  # [T, P · N], theirs
+
+
+def _leave(rows: Decoding, going: Tensor, t: int) -> bool:
+    """Takes out what is not `going` [R, w] before token t, if it is enough; returns whether.
+
+    All rows are of one width: those of which fewer responses are going keep ended ones.
+    """
+    stay, before, width = going.any(1).nonzero()[:, 0], going.shape[1], int(going.sum(1).max())
+    if len(stay) * width > (1 - MOST_ENDED) * going.numel():
+        return False
+    kept = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    both = torch.cat([stay[:, None], kept], 1).to(rows.u.device)  # one copy to a GPU
+    stay, kept = both[:, 0], both[:, 1:]
+    slots = torch.arange(rows.segment.shape[1], device=stay.device)
+    own = (slots[rows.first :: before, None] + kept[:, None]).flatten(1)
+    slots = torch.cat([slots[: rows.first].expand(len(stay), -1), own], 1)
+    for layer in rows.cache.layers:
+        layer.keep(stay, slots, rows.first + (t - 1) * width)
+    rows.which = rows.which[stay].gather(1, kept)
+    rows.segment = rows.segment[stay].gather(1, slots)
+    rows.position = rows.position[stay].gather(1, slots)
+    rows.t = t
+    return True
+
+
+def _make_step(rows: Decoding) -> Callable[[], None]:
+    """What feeds the last token of each response and draws the next one."""
+    from plumbing.cache import Recorded
+
+    if not rows.model.cuda_graph:
+        # Without a window each token's mask is the last one's, cut where its own slots end.
+        rows.mask = None if rows.model.window else _mask(rows, slice(-rows.which.shape[1], None))
+        return partial(_growing_step, rows)
+    rows.t = torch.tensor([rows.t], device=rows.u.device)
+    return Recorded(partial(_static_step, rows))
+
+
+def _growing_step(rows: Decoding) -> None:
+    """Attention sees the slots that are filled, of which each step has more."""
+    width = rows.which.shape[1]
+    filled = rows.first + rows.t * width
+    now = slice(filled - width, filled)
+    mask = _mask(rows, now, filled) if rows.mask is None else rows.mask[..., :filled]
+    _feed_last(rows, rows.position[:, now], mask)
+
+
+def _static_step(rows: Decoding) -> None:
+    """The same in shapes that never change, and without a number of the host's: attention sees all
+    slots, and the mask hides those behind the ones that this step fills, by their position."""
+    width = rows.which.shape[1]
+    slots = torch.arange(rows.first, rows.first + width, device=rows.u.device)
+    slots = slots + (rows.t - 1) * width
+    for layer in rows.cache.layers:
+        layer.slots = slots
+    _feed_last(rows, rows.position[:, slots], _mask(rows, slots))
+
+
+def _mask(rows: Decoding, asking: slice | Tensor, end: int | None = None):
+    segment, position = rows.segment[:, :end], rows.position[:, :end]
+    return _attention_mask(rows.model, segment, position, asking, rows.model.groups)
+
+
+def _feed_last(rows: Decoding, position: Tensor, mask) -> None:
+    token = rows.drawn[rows.t - 1, rows.which]  # [R, w]
+    _draw_next(rows, _forward(rows.model, token, position, mask, rows.cache))
+
+
+def _draw_next(rows: Decoding, states: Tensor) -> None:
+    now, logits = (rows.t, rows.which), _logits(rows.model, states)
+    rows.drawn[now], rows.logprobs[now] = _draw(logits, rows.temperature, rows.u[now])
+    rows.t += 1
 
 
 def _prompt_rows(model: Model, prompts: list[Prompt], copies: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -659,6 +736,8 @@ def load_policy(run: Run, tokenizer) -> Model:
     end_token = policy_layout(run.args, tokenizer).end_token()
     policy = load_causal_lm(run.args, tokenizer, end_token, run.device)
     _choose_rows("--policy", run.args.policy, policy)
+    if run.args.cuda_graph:
+        _choose_graph(run.args.policy, policy)
     policy.mixed = run.device.type == "cuda" and run.args.dtype != "float32"
     policy.most_prompts = DRAWN * run.args.micro_batch
     return policy
@@ -704,8 +783,7 @@ def _choose_rows(flag: str, name: str, model: Model) -> None:
 
     It must pass with one of the two, or the run ends.
     """
-    vocabulary, pad = model.config.vocab_size, getattr(model.config, "pad_token_id", None)
-    ids = [i for i in (k * k % vocabulary for k in range(5, 60)) if i != pad]
+    ids = _some_tokens(model)
     with explained(f"{flag} {name}"):
         logits = _own_logits(model, ids[:8])
     require(logits.isfinite().all(), f"{flag} {name}: its weights give NaN or infinity")
@@ -725,6 +803,25 @@ def _choose_rows(flag: str, name: str, model: Model) -> None:
     fed = "when it is fed a batch or its cache"
     message = f"{flag} {name}: a {kind} does not give the numbers of single rows {fed} ({problem})"
     require(False, message)
+
+
+@torch.no_grad()
+def _choose_graph(name: str, policy: Model) -> None:
+    """Lets sampling record its decoding step, or ends the run where the model does not allow it."""
+    what = f"--cuda-graph: --policy {name}"
+    require(
+        policy.shared_rows, f"{what} takes no shared rows, whose shapes are fixed; leave it out"
+    )
+    policy.cuda_graph = True
+    with explained(f"{what} cannot be recorded, leave it out"):
+        gap, allowed = _gap(policy, _some_tokens(policy))
+    require(gap <= allowed, f"{what} samples otherwise, off by {gap:.1e}; leave it out")
+
+
+def _some_tokens(model: Model) -> list[int]:
+    """Tokens that are not padding, to try a model with."""
+    vocabulary, pad = model.config.vocab_size, getattr(model.config, "pad_token_id", None)
+    return [i for i in (k * k % vocabulary for k in range(5, 60)) if i != pad]
 
 
 def _gap(model: Model, ids: list[int]) -> tuple[float, float]:

@@ -73,6 +73,8 @@ class Args:
     """a response is cut after so many tokens"""
     temperature: float = 1.0
     """softmax temperature of sampling and of all log-probs alike"""
+    cuda_graph: bool = False
+    """launch the kernels of a decoding step as one, for GPUs that wait for Python"""
 
     # optimisation
     steps: int = 100

@@ -97,6 +97,7 @@ def shared_flags(folders: list[str]) -> SimpleNamespace:
     shared = SimpleNamespace(**vars(flags[0]))
     shared.eval_prompts = min(other.eval_prompts for other in flags)
     shared.steps, shared.lora_rank, shared.checkpointing, shared.dtype = 1, 0, False, "mixed"
+    shared.cuda_graph = False
     return shared
 
 

@@ -35,7 +35,7 @@ def main(args: Args) -> Path:
     require(path.exists(), f"{run}: it has no checkpoint yet")
     about = json.loads(about.read_text())
     not_in_prepare = {"temperature": 1.0, "chat_template_kwargs": "{}"}  # where they are no flags
-    flags = SimpleNamespace(**not_in_prepare | about["args"])
+    flags = SimpleNamespace(**not_in_prepare | about["args"] | {"cuda_graph": False})
     saved = read_checkpoint(str(path), path, mmap=True)
     folder = run / f"step-{saved['step']}"
     require(not folder.exists(), f"{folder} exists already")

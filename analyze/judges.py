@@ -193,6 +193,7 @@ def local_judge(name: str, flags, device: torch.device, criterion: str) -> Local
     own = {"policy": folder, "template": "auto", "chat_template_kwargs": "{}", "lora_rank": 0}
     own |= {"max_prompt_tokens": 0, "max_response_tokens": 1, "temperature": 1.0}
     own |= {"dtype": "mixed", "checkpointing": False, "micro_batch": 0}
+    own |= {"cuda_graph": False}
     run = SimpleNamespace(args=SimpleNamespace(**vars(flags) | own), device=device)
     return LocalJudge(
         name, tokenizer, Layout(tokenizer), common.load_policy(run, tokenizer), criterion

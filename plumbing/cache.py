@@ -1,5 +1,8 @@
 """The sampler's keys and values: a cache that copies nothing, and attention that copies nothing."""
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -16,9 +19,14 @@ class GrowingLayer(StaticLayer):
     """
 
     filled = 0
+    slots = None  # [Q], those to be written where the shape must not change: all are then read
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Adds keys and values [R, heads, Q, size]; returns those of all filled slots."""
+        """Adds keys and values [R, heads, Q, size]; returns those that attention may read."""
+        if self.slots is not None:
+            self.keys.index_copy_(2, self.slots, keys.to(self.keys.dtype))
+            self.values.index_copy_(2, self.slots, values)
+            return self.keys, self.values
         if not self.is_initialized:
             # Rotary embeddings give keys in float32, also where attention then reads bfloat16.
             self.lazy_initialization(keys.to(values.dtype), values)
@@ -28,9 +36,11 @@ class GrowingLayer(StaticLayer):
         self.filled = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows of `indices`: the others have ended."""
-        self.keys, self.values = self.keys[indices], self.values[indices]
+    def keep(self, rows: Tensor, slots: Tensor, filled: int) -> None:
+        """Keeps of `rows` [R] the `slots` [R, S], of which so many are filled."""
+        self.keys = self.keys[rows[:, None], :, slots].transpose(1, 2).contiguous()
+        self.values = self.values[rows[:, None], :, slots].transpose(1, 2).contiguous()
+        self.filled = filled
 
 
 def make_cache(model, slots: int) -> Cache:
@@ -38,6 +48,28 @@ def make_cache(model, slots: int) -> Cache:
     if model.shared_rows:
         return Cache(layer_class_to_replicate=lambda: GrowingLayer(slots))
     return DynamicCache(config=model.module.config)
+
+
+class Recorded:
+    """A step on a GPU as a CUDA graph: the same kernels on the same memory, launched as one.
+
+    The first call runs the step as it is, so that libraries choose their kernels and take their
+    memory; the second records it; later ones need no Python.
+    """
+
+    def __init__(self, step: Callable[[], None]):
+        self.step, self.calls = step, 0
+
+    def __call__(self) -> None:
+        """Makes a step."""
+        self.calls += 1
+        if self.calls == 1:
+            return self.step()
+        if self.calls == 2:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # which computes nothing yet
+                self.step()
+        self.graph.replay()
 
 
 def share_heads(module) -> int:

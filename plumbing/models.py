@@ -38,6 +38,7 @@ class Model(torch.nn.Module):
         self.shared_rows = True  # all responses in one row with their prompt; else plain rows
         self.own_head = False  # its own forward pass gives the logits: we cannot apply its head
         self.most_prompts = 0  # that are sampled for at once, to save memory; 0 = all
+        self.cuda_graph = False  # sampling records its decoding step as a CUDA graph
         self.mixed = False  # float32 weights, all or the adapters', that compute in bfloat16
         self.stored_dtype = module.dtype  # of the checkpoint's files
         self.config = module.config.get_text_config()

@@ -210,6 +210,10 @@ class Run:
             # It plans anew for each shape of the inputs, and a sampled token has one of its own.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.joined = self.world > 1 and not dist.is_initialized()
+        require(
+            not self.args.cuda_graph or self.device.type == "cuda" and self.world == 1,
+            "--cuda-graph: needs a GPU, and a single process; leave it out",
+        )
         if self.joined:  # ranks wait for the longest sampling, and for rank 0 to write a checkpoint
             dist.init_process_group(timeout=timedelta(hours=1))
         usual = sys.excepthook if self.joined else sys.__excepthook__  # torch's names the rank

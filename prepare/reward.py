@@ -99,6 +99,7 @@ class Args:
     temperature: ClassVar[float] = 1.0
     updates_per_sample: ClassVar[int] = 1
     minibatches: ClassVar[int] = 1
+    cuda_graph: ClassVar[bool] = False
     chat_template_kwargs: ClassVar[str] = "{}"  # the methods read a reward model without any
 
 

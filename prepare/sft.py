@@ -93,6 +93,7 @@ class Args:
     temperature: ClassVar[float] = 1.0
     updates_per_sample: ClassVar[int] = 1
     minibatches: ClassVar[int] = 1
+    cuda_graph: ClassVar[bool] = False
 
 
 def sft_loss(logprobs: Tensor, tokens: float) -> Tensor:

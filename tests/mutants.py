@@ -51,7 +51,7 @@ BAD, FAULTS, DATA, RESUMED, RANKS = (
     path_of("resume"),
     path_of("distributed"),
 )
-GPU, MEMORY = path_of("gpu"), path_of("memory")
+GPU, MEMORY, GRAPH = path_of("gpu"), path_of("memory"), path_of("cuda_graph")
 REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
 BFLOAT16 = path_of("bfloat16")
 PREPARE = path_of("prepare")
@@ -492,29 +492,35 @@ MUTANTS = [
     ("common.py", " * (1 - 2**-52)", "", PERFORMANCE, "a_draw_is"),
     (
         "common.py",
-        "running[left] &= ~torch.isin(token, ends)",
-        "running[left] &= token != ends[0]",
+        "torch.isin(rows.drawn[max(0, t - 8) : t], ends)",
+        "(rows.drawn[max(0, t - 8) : t] == ends[0])",
         PERFORMANCE,
-        "rows_that_have_ended",
+        "ended_leave",
     ),
-    ("common.py", "token_logprobs * running[left]", "token_logprobs", CORE, "bug08"),
-    ("common.py", 'if device.type == "cpu" or t % 8 == 7:', "if True:", GPU, "short_run"),
-    ("common.py", "longest + (t + 1) * width", "longest + width", CORE, "bug08 and llama"),
+    ("common.py", "rows.logprobs.where(up_to_first, 0)", "rows.logprobs", CORE, "bug08"),
+    ("common.py", 'if device.type == "cpu" or t % 8 == 0:', "if True:", GPU, "short_run"),
+    ("common.py", "rows.first + rows.t * width", "rows.first + width", CORE, "bug08 and llama"),
     (
         "common.py",
-        "mask = whole[..., :filled]",
-        "mask = whole[..., :width]",
+        "rows.mask[..., :filled]",
+        "rows.mask[..., :width]",
         CORE,
         "bug08 and llama",
     ),
     (
         "common.py",
-        "if model.window:\n            mask",
-        "if False:\n            mask",
+        "None if rows.model.window else _mask",
+        "_mask",
         CORE,
         "bug08",
     ),
-    ("common.py", "position[stay], None", "position[stay], whole", PERFORMANCE, "rows_that_have"),
+    (
+        "common.py",
+        "which[stay].gather(1, kept)",
+        "which[stay][:, :width]",
+        PERFORMANCE,
+        "ended_leave",
+    ),
     ("common.py", "cache)[:, -1:]", "cache)", CORE, "last_token_only"),
     ("common.py", "u[:, rows]", "u[:, : len(prompts[rows])]", CORE, "at_once"),
     (
@@ -535,14 +541,25 @@ MUTANTS = [
         BFLOAT16,
         "longer_chunks",
     ),
-    ("common.py", "cache.batch_select_indices(stay)", "pass", PERFORMANCE, "rows_that_have_ended"),
+    ("common.py", "+ kept[:, None]", "+ kept[:1, None]", PERFORMANCE, "ended_leave"),
     (
         "common.py",
-        "temperature, u[t][left])",
-        "temperature, u[t][: len(left)])",
+        "rows.position[stay].gather(1, slots)",
+        "rows.position[stay][:, : slots.shape[1]]",
         PERFORMANCE,
-        "rows_that_have_ended",
+        "ended_leave",
     ),
+    ("common.py", "+ (rows.t - 1) * width", "+ rows.t * width", GRAPH, "draws_the_same"),
+    (
+        "common.py",
+        "torch.tensor([rows.t], device=rows.u.device)",
+        "rows.t",
+        GRAPH,
+        "draws_the_same",
+    ),
+    ("common.py", "policy.cuda_graph = True", "pass", GRAPH, "is_refused"),
+    ("plumbing/cache.py", "        self.graph.replay()", "        pass", GRAPH, "draws_the_same"),
+    ("plumbing/run.py", "not self.args.cuda_graph or", "True or", GRAPH, "without_a_gpu"),
     (
         "plumbing/cache.py",
         "return self.keys[:, :, :end]",

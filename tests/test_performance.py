@@ -179,29 +179,32 @@ def test_cpu_products_of_few_rows_are_turned(tmp_path, monkeypatch):
         assert taken == [loading.FEW_ROWS] * (not mkl) + [loading.FEW_ROWS + 1]
 
 
-def test_rows_that_have_ended_leave_and_change_nothing(monkeypatch):
-    """Of the rows fed never more than a quarter have ended; the same draws as plain rows,
-    which stay to the end."""
-    model, fed = make_model("llama"), []
-    model.end_tokens = [1, 2, 3]  # responses of many lengths
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_responses_that_have_ended_leave_and_change_nothing(width, architecture, monkeypatch):
+    """No more are fed than a third above what rows of one width need; and the draws are those of
+    plain rows, which stay to the end."""
+    model, fed = make_model(architecture), []
+    model.end_tokens = [1, 2, 3, 4, 5, 6]  # responses of many lengths
     prompts = make_prompts(*([token, token + 1] for token in range(2, 14)))
     inner = model.module.base_model.forward
     monkeypatch.setattr(
         model.module.base_model,
         "forward",
-        lambda **inputs: (fed.append(inputs["input_ids"].shape), inner(**inputs))[1],
+        lambda **inputs: (fed.append(inputs["input_ids"].numel()), inner(**inputs))[1],
     )
-    set_width(monkeypatch, 2)
-    batch = common.sample(model, prompts, 2, 30, 1.0, seed=5)
-    longest = batch.lengths().amax(1)
-    going = [int((longest > t).sum()) for t in range(int(longest.max()))]  # living rows, by token
-    sizes = [rows for rows, asked in fed[1:] if asked == 2]
-    assert len(sizes) == len(going) - 1 and going[-1] <= 2 < 12 == sizes[0]
-    assert all(rows > 0.75 * size for size, rows in zip(sizes, going[1:]))
-    assert len(set(sizes)) > 3
+    set_width(monkeypatch, width)
+    batch = common.sample(model, prompts, 4, 30, 1.0, seed=5)
+    lengths, needed = batch.lengths().view(-1, width), []  # by row
+    for t in range(1, int(lengths.max())):
+        going = lengths > t
+        needed.append(int(going.any(1).sum() * going.sum(1).max()))
+    assert len(fed) - 1 == len(needed)
+    assert all(need > 0.75 * tokens for tokens, need in zip(fed[1:], needed))
+    assert len(set(fed[1:])) > 3
     model.shared_rows = False
     set_width(monkeypatch, 1)
-    plain = common.sample(model, prompts, 2, 30, 1.0, seed=5)
+    plain = common.sample(model, prompts, 4, 30, 1.0, seed=5)
     assert batch.responses == plain.responses
     torch.testing.assert_close(batch.sampled_logprobs, plain.sampled_logprobs, atol=2e-5, rtol=2e-4)
 

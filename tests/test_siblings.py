@@ -71,8 +71,8 @@ BUDGETS = {  # CONTRIBUTING.md and docs/shared_code.md quote these
     "lines of a docstring": 35,
     "differing lines": 110,
     "differing lines of ppo.py": 120,
-    "code lines of common.py": 620,
-    "code lines of plumbing/": 1054,
+    "code lines of common.py": 680,
+    "code lines of plumbing/": 1080,
     "tokens per line": 12,
     "lines of a function": 60,
 }
@@ -230,7 +230,8 @@ OWN_FLAGS = {
 }
 SHARED_FLAGS = """policy reward_model reward_eos missing_eos_penalty dataset template
     chat_template_kwargs prompts_per_step samples_per_prompt
-    max_prompt_tokens max_response_tokens temperature steps updates_per_sample minibatches micro_batch lr
+    max_prompt_tokens max_response_tokens temperature cuda_graph steps updates_per_sample
+    minibatches micro_batch lr
     warmup_steps lr_schedule weight_decay max_grad_norm dtype lora_rank checkpointing seed
     eval_every eval_prompts save_every run_dir resume
     track""".split()
