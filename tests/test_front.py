@@ -256,7 +256,7 @@ def test_who_calls_what_is_read_from_the_sources():
     found = shared_code.callers("common.py")
     assert found["say_effective_samples"] == ["`brain.py`", "`gdc.py`"]
     assert found["token_values"] == ["`ppo.py`"]
-    assert found["_draw"] == ["`_sample`"]
+    assert found["_draw"] == ["`_draw_next`"]
     assert found["step_size"][0] == "all six"
     assert all(found.values())  # nothing that nobody calls
 
