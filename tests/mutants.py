@@ -56,6 +56,7 @@ REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
 BFLOAT16 = path_of("bfloat16")
 PREPARE = path_of("prepare")
 EVALUATE = path_of("evaluate")
+FRONT = path_of("front")
 ABLATION = path_of("ablation")
 COMPARE = path_of("compare")
 VIEW = path_of("side_by_side")
@@ -1273,6 +1274,28 @@ MUTANTS = [
         "elif False:",
         ABLATION,
         "bandit",
+    ),
+    ("analyze/readme.py", "{rest.split(end)[1]}", "{rest}", FRONT, "markers"),
+    (
+        "analyze/readme.py",
+        "f\"{line['ratio']:.1f}\"",
+        "f\"{line['ratio']:.2f}\"",
+        FRONT,
+        "generated",
+    ),
+    (
+        "analyze/shared_code.py",
+        "for part in parts if isinstance(part, ast.Name)} - bound",
+        "for part in parts if isinstance(part, ast.Name)}",
+        FRONT,
+        "generated or calls",
+    ),
+    (
+        "analyze/shared_code.py",
+        'else [f"`{script}.py`" for script in by]',
+        "else []",
+        FRONT,
+        "calls",
     ),
 ]
 

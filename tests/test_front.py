@@ -14,6 +14,7 @@ from test_siblings import BUDGETS, NAMES, SHARED_FILES
 
 import common
 from analyze import readme, shared_code
+from plumbing.report import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "assets/tiny/README.md"])
@@ -311,6 +312,42 @@ def test_the_number_of_mutants_is_not_overstated():
     (mutants,) = [x.value for x in assigned if ast.unparse(x.targets[0]) == "MUTANTS"]
     stated = re.search(r"more than (\d+) small faults", (ROOT / "README.md").read_text())
     assert len(mutants.elts) > int(stated[1])
+
+
+# ── the tour ──
+def test_what_the_tour_pastes_prints_what_it_says(capsys):
+    """Its blocks of Python, one after the other, and the blocks that show the output."""
+    page = (ROOT / "docs" / "tour.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    shown = re.findall(r"^```\n((?:weights|without) .*?)^```$", page, re.M | re.S)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and capsys.readouterr().out == "".join(shown)
+
+
+def test_runs_that_are_quoted_are_those_of_the_raw_lines():
+    """The tour's table and the lines of the default run, in README and in the tour."""
+    lines = read_lines(ROOT / "analyze" / "results" / "tour.jsonl")
+    found = {(line["run"], line["step"]): line for line in lines}
+    tour, first = (ROOT / "docs" / "tour.md").read_text(), (ROOT / "README.md").read_text()
+    for run in ("default", "fixed", "no-baseline"):
+        end = found[run, 100]
+        assert f"| `runs/{run}` | {end['eval/win_rate']:.2f} | {end['eval/kl']:.2f} |" in tour
+    ours, gdc = found["default", 100], found["gdc", 100]
+    assert (
+        f"`gdc.py` is at a win rate of {gdc['eval/win_rate']:.2f} and a KL of {gdc['eval/kl']:.2f}, "
+        f"`brain.py` at {ours['eval/win_rate']:.2f} and {ours['eval/kl']:.2f}"
+    ) in " ".join(tour.split())
+    renewed = found["no-baseline, renewed", 100]["eval/win_rate"]
+    assert f"ends at a win rate of {renewed:.2f}" in " ".join(tour.split())
+    for page in (tour, first):
+        for step, *numbers in re.findall(
+            r"^step +(\d+) .*eval/reward (\S+)  eval/kl (\S+)  eval/win_rate (\S+)$", page, re.M
+        ):
+            line = found["default", int(step)]
+            values = [line[f"eval/{key}"] for key in ("reward", "kl", "win_rate")]
+            assert numbers == [f"{value:.3f}" for value in values], step
 
 
 # ── form ──
