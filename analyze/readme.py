@@ -9,25 +9,26 @@ a script or of a raw file in benchmarks/results/.
 
 import contextlib
 import io
+import re
 
 from analyze import default_runs, differences
 from analyze.tables import ROOT, read, table
 
-# The idea in at most ten words, the target, the papers, what the method was compared with.
+# The idea in at most ten words, the target, the papers, the state of the implementation.
 METHODS = {
     "brain": (
         "BRAIn",
         "match the posterior's weights of samples, with a self-normalised baseline",
         "the posterior p·exp(r/τ)/Z",
         ["2402.02479"],
-        "exact; figure of the variance [made again](docs/gradient_variance.md); paper read in part",
+        "exact; the paper could be read in part only",
     ),
     "gdc": (
         "DPG, GDC, GDC++",
         "policy gradient with importance weights towards an energy-based target",
         "the same posterior",
         ["2012.11635", "2206.00761"],
-        "exact; variance equals [closed forms](docs/gradient_variance.md)",
+        "exact",
     ),
     "dpo": (
         "DPO, SLiC",
@@ -41,14 +42,14 @@ METHODS = {
         "regress log-ratios on win rates against the last policy",
         "equilibrium of a game for the higher reward, with a KL term",
         ["2410.20727"],
-        "exact; equations derived from the abstract, as the paper's body could not be read",
+        "exact; equations derived from the abstract, the paper's body could not be read",
     ),
     "bond": (
         "BOND, J-BOND",
         "distil the best of N samples into the policy",
         "the distribution of the best of N samples",
         ["2407.14622"],
-        "exact; one sign differs from the preprint, [why](docs/bond.md)",
+        "exact; one sign differs from the preprint",
     ),
     "ppo": (
         "PPO-RLHF, RLOO",
@@ -112,6 +113,15 @@ FEATURES = [  # what, here, in TRL
 SHAPES = [(256, 48), (512, 53), (64, 256), (128, 128), (64, 512)]
 
 
+def claims(name: str) -> str:
+    """How many claims of the papers were reproduced, by the last column of the method's page."""
+    text = (ROOT / "docs" / f"{name}.md").read_text().split("\n## Results\n")[1]
+    found = re.findall(r"\| (reproduced|partly|not) \|$", text.split("\n## ")[0], re.M)
+    parts = [f"{found.count(word)} {word}" for word in ("reproduced", "partly", "not")]
+    kept = ", ".join(part for part in parts if not part.startswith("0"))
+    return f"[{len(found)} claims](docs/{name}.md#results): {kept}"
+
+
 def methods() -> str:
     """The six files, with the lines that each has."""
     rows = []
@@ -119,7 +129,7 @@ def methods() -> str:
         lines = len((ROOT / f"{name}.py").read_text().splitlines())
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
         file = f"[`{name}.py`]({name}.py)<br>{title}"
-        rows.append([file, lines, idea, target, links, status])
+        rows.append([file, lines, idea, target, links, f"{status}. {claims(name)}"])
     return table(["file", "lines", "idea", "target", "paper", "status"], rows)
 
 

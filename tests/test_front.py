@@ -253,6 +253,13 @@ def test_an_idea_has_at_most_ten_words_and_a_target_is_reached():
         assert ("exact" in status) == bool(re.search(r"^def test_\w+_reaches_\w+\(", tests, re.M))
 
 
+def test_claims_are_counted_in_the_pages():
+    found = {name: readme.claims(name) for name in NAMES}
+    for name, text in found.items():
+        total, *parts = map(int, re.findall(r"\b(\d+)\b", text))
+        assert total == sum(parts) >= 3, name
+
+
 def test_who_calls_what_is_read_from_the_sources():
     found = shared_code.callers("common.py")
     assert found["say_effective_samples"] == ["`brain.py`", "`gdc.py`"]
