@@ -59,7 +59,7 @@ EVALUATE = path_of("evaluate")
 FRONT = path_of("front")
 ABLATION = path_of("ablation")
 COMPARE = path_of("compare")
-VIEW = path_of("side_by_side")
+VIEW, COMPARISON = path_of("side_by_side"), path_of("comparison")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
     "every_block": "check_shards",
     "same_bits": "check_mixed",
@@ -1235,6 +1235,50 @@ MUTANTS = [
         "(end - begin + other_end",
         VIEW,
         "pair",
+    ),
+    # analyze/targets.py, and relations between the methods
+    ("analyze/targets.py", "ref + rewards / beta", "ref - rewards / beta", COMPARISON, "those"),
+    (
+        "analyze/targets.py",
+        "0.5 * (rewards[:, None] ==",
+        "0.4 * (rewards[:, None] ==",
+        COMPARISON,
+        "those",
+    ),
+    (
+        "analyze/targets.py",
+        "REWARDS[rejected] - REWARDS[chosen]",
+        "REWARDS[chosen] - REWARDS[rejected]",
+        COMPARISON,
+        "world",
+    ),
+    (
+        "wind.py",
+        "return args.beta * (logprobs - ref_logprobs)",
+        "return -args.beta * (logprobs - ref_logprobs)",
+        COMPARISON,
+        "ipo",
+    ),
+    (
+        "gdc.py",
+        "advantage = weights - (logprobs.detach()",
+        "advantage = weights + (logprobs.detach()",
+        COMPARISON,
+        "on_policy",
+    ),
+    (
+        "bond.py",
+        "backward = -(ours * advantage)",
+        "backward = (ours * advantage)",
+        COMPARISON,
+        "rloo_of",
+    ),
+    (
+        "bond.py",
+        "forward = -anchors.gather",
+        "forward = anchors.gather",
+        COMPARISON,
+        "bond_with_b_0",
     ),
     ("analyze/side_by_side.py", "begin + ends[0], other + ends[1]", "begin, other", VIEW, "pair"),
     ("analyze/side_by_side.py", "[*before, numbered[1]", "[numbered[1]", VIEW, "two_lines"),
