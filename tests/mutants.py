@@ -1218,6 +1218,29 @@ MUTANTS = [
         "target",
     ),
     ("plumbing/report.py", "with rc_context(STYLE):", "with rc_context({}):", EVALUATE, "colour"),
+    # analyze/compare.py, analyze/claims.py
+    (
+        "analyze/compare.py",
+        "share * (after[key] - before[key])",
+        "share * after[key]",
+        COMPARE,
+        "first_reaches",
+    ),
+    (
+        "analyze/claims.py",
+        "if a is not None and b is not None",
+        "if a is not None or b",
+        COMPARE,
+        "one_seed",
+    ),
+    ("analyze/claims.py", '["low"] > least', '["value"] > least', COMPARE, "above_0"),
+    (
+        "analyze/intervals.py",
+        "STUDENT[len(values) - 2]",
+        "STUDENT[len(values) - 1]",
+        COMPARE,
+        "student",
+    ),
     # analyze/sweep.py
     (
         "analyze/sweep.py",

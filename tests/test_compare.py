@@ -10,15 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import scipy.stats
+import torch
 
 import bond
 import brain
 import common
 import dpo
 import gdc
-from analyze import compare, sweep
+from analyze import claims, compare, results_page, sweep
 from analyze.intervals import over_seeds
+from analyze.readme import filled
 from analyze.sweep import Planned
+from plumbing.run import ROOT
 
 # A script that takes no time: it writes the log of a run, whose KL is its --beta.
 SCRIPT = """
@@ -214,11 +217,15 @@ def test_one_seed_says_nothing_of_others():
     assert over_seeds([0.5]) == {"value": 0.5, "low": -math.inf, "high": math.inf}
 
 
-def test_the_first_methods_get_all_their_seeds_before_the_others_begin():
+def test_runs_are_planned_in_the_order_of_their_use():
     world = compare.WORLDS["tiny"]
-    runs = compare.planned(world, (1, 2))
-    assert [run.seed for run in runs[:16]] == [1] * 8 + [2] * 8
-    assert len({run.command for run in runs}) == 2 * len(world.arms)
+    runs, others = compare.planned(world, (1, 2, 3, 4)), len(world.arms) - 8
+    assert [run.seed for run in runs[:24]] == [1] * 8 + [2] * 8 + [3] * 8
+    assert [run.seed for run in runs[24:][: 3 * others]] == [1] * others + [2] * others + [
+        3
+    ] * others
+    assert {run.seed for run in runs[24 + 3 * others :]} == {4}
+    assert len({run.command for run in runs}) == len(runs) == 4 * len(world.arms)
     assert [run.label for run in compare.planned(world, (3,), ("WIND",))] == ["WIND"]
 
 
@@ -234,3 +241,148 @@ def test_every_planned_run_has_flags_that_its_script_knows(world):
         script = importlib.import_module(run.script)
         args = common.parse_args(script.Args, run.words[1:])
         script.check(args)
+
+
+# ── verdicts ──
+def claim(*holds: bool | None, derived: bool = False) -> claims.Claim:
+    checks = [claims.Check("x", held) for held in holds]
+    return claims.Claim("paper", "text", "experiment", checks, "game", derived=derived)
+
+
+@pytest.mark.parametrize(
+    "holds, verdict",
+    [
+        ((True, True), "reproduced"),
+        ((True, False), "partly"),
+        ((False, False), "not"),
+        ((True, None), "open"),
+        ((False, None), "open"),
+        ((), "open"),
+    ],
+)
+def test_a_verdict_follows_from_the_checks(holds, verdict):
+    assert claim(*holds).verdict == verdict
+
+
+def test_of_a_paper_that_was_not_read_a_claim_is_partly_reproduced_at_most():
+    assert claim(True, derived=True).verdict == "partly"
+    assert claim(False, derived=True).verdict == "not"
+
+
+def test_larger_asks_for_an_interval_above_0_and_for_three_seeds():
+    assert claims.larger("x", [0.1, 0.12, 0.11]).holds is True
+    assert claims.larger("x", [-0.1, -0.12, -0.11]).holds is False
+    assert claims.larger("x", [0.3, -0.1, 0.2]).holds is False  # 0 is within the interval
+    assert claims.larger("x", [0.1, 0.12, 0.11], least=0.1).holds is False
+    assert claims.larger("x", [0.1, 0.11]).holds is None
+    says = claims.larger("x", [0.1, 0.12, 0.11]).says
+    assert says == "x: +0.11 (+0.09 to +0.13), 3 seeds"
+
+
+def test_as_large_asks_for_an_interval_within_the_margin():
+    assert claims.as_large("x", [0.01, -0.01, 0.0], 0.05).holds is True
+    assert claims.as_large("x", [0.3, -0.3, 0.0], 0.05).holds is False  # no difference seen
+    assert claims.as_large("x", [0.06, 0.06, 0.06], 0.05).holds is False
+    assert claims.as_large("x", [-0.06, -0.06, -0.06], 0.05).holds is False
+    assert claims.as_large("x", [], 0.05).holds is None
+
+
+def test_differences_are_between_runs_of_one_seed():
+    lines = [line_of("a", seed, [0, seed], [0.5, 0.5 + seed / 10]) for seed in (1, 2, 4)]
+    lines += [line_of("b", seed, [0, 1], [0.5, 0.5]) for seed in (4, 3, 2)]
+    found = claims.differences(lines, "a", "b", claims.final("win_rate"))
+    assert found == pytest.approx([0.2, 0.4])
+    # At 2 nats b has no value, and a has one from seed 2 on.
+    assert claims.differences(lines, "a", "b", claims.where("win_rate", 2.0)) == []
+    assert claims.objective(lines[0]) == pytest.approx(2 * 0.6 - 0.2 * 1)
+
+
+def world_of(better: str, worse: str) -> list[dict]:
+    """Runs in which one method wins more often, at the end and at each KL."""
+    lines = [line_of(better, s, [0, 4], [0.5, 0.9 + s / 100]) for s in range(1, 6)]
+    return lines + [line_of(worse, s, [0, 4], [0.5, 0.7]) for s in range(1, 6)]
+
+
+def test_a_method_that_wins_more_passes_all_four_checks_and_its_loser_none():
+    checks = claims.wins_more(world_of("a", "b"), "a", "b", 2.0)
+    assert [check.holds for check in checks] == [True] * 4
+    checks = claims.wins_more(world_of("b", "a"), "a", "b", 2.0)
+    assert [check.holds for check in checks] == [False] * 4
+    checks = claims.wins_more([], "a", "b", 2.0)
+    assert [check.holds for check in checks] == [None] * 4
+
+
+def verdict_of(source: str, word: str, lines: list[dict], best=()) -> str:
+    found = claims.claims(claims.Evidence(lines, list(best)))
+    (one,) = [x for x in found if x.source.startswith(source) and word in x.text]
+    return one.verdict
+
+
+def test_verdicts_of_runs_turn_with_the_runs():
+    dpo_labels = ("DPO, best and worst of 8", "DPO, pairs of the data set")
+    for better, verdict in ((True, "reproduced"), (False, "not")):
+        lines = []
+        for label in dpo_labels:
+            part = world_of("BRAIn", label) if better else world_of(label, "BRAIn")
+            lines += [line for line in part if line["label"] not in {x["label"] for x in lines}]
+        assert verdict_of("BRAIn", "outperforms DPO", lines) == verdict
+    assert verdict_of("BRAIn", "outperforms DPO", []) == "open"
+
+
+def test_verdicts_without_runs():
+    assert claims.gap_of_dpo() < 1e-12
+    assert claims.gap_of_best_of_2() < 1e-12
+    assert verdict_of("BRAIn", "special case", []) == "reproduced"
+    assert verdict_of("BRAIn", "variance where the proposal", []) == "reproduced"
+
+
+def test_dpo_is_no_special_case_of_another_loss(monkeypatch):
+    monkeypatch.setattr(brain, "brain_loss", lambda *_: torch.zeros(1000, dtype=torch.float64))
+    assert verdict_of("BRAIn", "special case", []) == "not"
+
+
+def test_bond_is_compared_with_the_best_of_4():
+    runs = [line_of("BOND, fixed anchor, N 4", s, [0, 1], [0.5, 0.8 + s / 1000]) for s in (1, 2, 3)]
+    curve = [{"n": n, "win_rate": x, "judge_win_rate": x / 2} for n, x in ((1, 0.5), (4, 0.8))]
+    assert verdict_of("BOND", "best-of-N", runs, [{"curve": curve}]) == "reproduced"
+    curve[1] |= {"win_rate": 0.9}
+    assert verdict_of("BOND", "best-of-N", runs, [{"curve": curve}]) == "partly"
+
+
+# ── page ──
+def test_the_page_is_made_of_the_raw_lines():
+    """If this fails, run `python -m analyze.results_page` and commit docs/results.md."""
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results_page.page()
+
+
+def test_the_blocks_of_the_readme_are_made_of_the_raw_lines():
+    """If this fails, run `python -m analyze.results_page --readme` and commit README.md."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert filled(text, results_page.readme_parts()) == text
+
+
+def test_a_text_that_explains_another_verdict_is_not_shown(monkeypatch):
+    monkeypatch.setitem(claims.WHY, "game", ("partly", "Because."))
+    assert claim(True, False).why == "Because."
+    assert claim(True, True).why.startswith("More runs have changed")
+    assert claim(None).why == "Runs are missing."
+
+
+def test_raw_lines_are_whole_and_few():
+    paths = [compare.path_of(world) for world in compare.WORLDS]
+    for line in [line for path in paths for line in sweep.read_results(path)]:
+        assert {"commit", "versions", "device", "cores", "threads", "seed"} <= line.keys()
+        assert line["curve"][0]["kl"] == 0 and len(line["commit"]) == 40
+    assert sum(path.stat().st_size for path in paths if path.exists()) < 300_000
+
+
+def test_the_picture_has_a_line_per_method_and_the_best_of_n(tmp_path):
+    lines = [line_of("BRAIn", s, [0, s, 2 * s], [0.4, 0.6, 0.8]) for s in (1, 3)]
+    lines += [line_of("PPO", 1, [0, 1], [0.4, 0.6], script="ppo")]
+    assert results_page.mean_curve(lines[:2], "win_rate") == [(0, 0.4), (2, 0.6), (4, 0.8)]
+    curve = [{"n": n, "kl": n / 4, "win_rate": 0.5, "judge_win_rate": 0.5} for n in (1, 2)]
+    figure = results_page.frontier(lines, [{"curve": curve}])
+    for axis in figure.axes:
+        drawn = [line for line in axis.lines if len(line.get_xdata()) > 1]
+        assert len(drawn) == 3
+    assert "BRAIn (2)" in [text.get_text() for text in figure.legends[0].texts]
