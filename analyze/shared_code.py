@@ -54,8 +54,9 @@ Made by `python -m analyze.shared_code` from the sources. *Used by* names the sc
 six", where it is all of them), then the other functions of the same file, then other files and
 folders. A name with an underscore is a helper of its own file.
 
-To understand what a script computes, read the rows of `common.py`. Nothing in `plumbing/` changes a
-number, but for `data.py`, which decides what a prompt's tokens are, and the type of the weights.
+To understand what a script computes, read the rows of `common.py`. Nothing in `plumbing/` changes
+what is computed, but for `data.py`, which decides what a prompt's tokens are, and `models.py`,
+which decides which weights are trained, and in which type.
 """
 
 
