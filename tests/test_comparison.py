@@ -1,5 +1,6 @@
 """docs/comparison.md: each row of its tables and each relation, proved; and its picture."""
 
+import itertools
 import math
 import re
 from functools import partial
@@ -136,6 +137,76 @@ def test_the_weight_of_a_sample_is_that_of_the_page(row):
     """Autograd of the script's own loss against the formula."""
     assert f"$`{row.__doc__}`$" in PAGE
     torch.testing.assert_close(*row(), atol=1e-6, rtol=1e-6)
+
+
+# ── noise at the target ──
+T_REF, T_REWARDS = table(1, 4).log_softmax(0), torch.tensor([0.0, 1.0, 1.5, 3.0]).double()
+T_TARGET = posterior(T_REF, T_REWARDS, BETA)
+
+
+def noise_of_gdc(picks):
+    """GDC from the start model, Z known."""
+    log_z = (T_REF + T_REWARDS / BETA).logsumexp(0)
+    weights = (gdc.log_weights(T_REF, T_REWARDS, T_REF, BETA) - log_z).exp()[picks][None]
+    return T_TARGET, lambda q: gdc.gdc_loss(q[picks][None], T_REF[picks][None], weights, "none")
+
+
+def noise_of_gdc_plus_plus(picks):
+    """GDC++ on-policy, with the Ẑ of the prompt's own samples."""
+    log_w = gdc.log_weights(T_REF, T_REWARDS, T_TARGET, BETA)[picks][None]
+    weights = (log_w - gdc.log_mean_weight(log_w)).exp()
+    return T_TARGET, lambda q: gdc.gdc_loss(q[picks][None], T_TARGET[picks][None], weights, "gdc++")
+
+
+def noise_of_dpo(picks):
+    """DPO, whose label is a coin even if the first one has the higher reward."""
+    pair, free = picks[:2], torch.zeros(1, dtype=torch.bool)
+    args = dpo.Args(beta=BETA)
+    return T_TARGET, lambda q: dpo.dpo_loss(q[pair][None], T_REF[pair][None], free, args)
+
+
+def noise_of_wind(picks):
+    """WIND, with the equilibrium for policy and opponent."""
+    star = targets.equilibrium(T_REF, T_REWARDS, BETA)
+    g, args = wind.win_rates(T_REWARDS[picks][None], "square").double(), wind.Args(beta=BETA)
+    given = T_REF[picks][None], star[picks][None], g, args
+    return star, lambda q: wind.wind_loss(q[picks][None], *given)
+
+
+def noise_of_bond(picks):
+    """BOND, b = 1: one sample of the policy, which is best-of-2, and two of the anchor."""
+    goal = targets.best_of(T_REF, T_REWARDS, 2)
+    ours, theirs = picks[:1], picks[1:]
+    quality = bond.log_best_of(T_REWARDS[ours][None], T_REWARDS[theirs][None], 2)
+    log_ratio, args = (goal - T_REF)[ours][None], bond.Args(jeffreys=1.0)
+    best, advantage = torch.tensor([0]), quality - log_ratio
+    return goal, lambda q: bond.bond_loss(q[picks][None], log_ratio, advantage, best, args)
+
+
+def noise_of_j_bond(picks):
+    """J-BOND, the same, with the reward of (6)."""
+    goal, _ = noise_of_bond(picks)
+    reward = bond.j_bond_reward(T_REWARDS[picks[:1]][None], T_REWARDS[picks[1:]][None])
+    log_ratio, args = (goal - T_REF)[picks[:1]][None], bond.Args(jeffreys=1.0)
+    best, advantage = torch.tensor([0]), reward - log_ratio
+    return goal, lambda q: bond.bond_loss(q[picks][None], log_ratio, advantage, best, args)
+
+
+STAYS = [noise_of_gdc, noise_of_dpo, noise_of_wind, noise_of_bond, noise_of_j_bond]
+
+
+@pytest.mark.parametrize("case", [*STAYS, noise_of_gdc_plus_plus], ids=lambda case: case.__name__)
+def test_what_noise_is_left_at_the_target(case):
+    """The gradient at the target, of every set of three samples: all are zero, or they differ."""
+    found = []
+    for picks in itertools.product(range(4), repeat=3):
+        goal, loss = case(torch.tensor(picks))
+        found.append(gradient(goal, loss))
+    spread = (torch.stack(found) - torch.stack(found).mean(0)).norm(dim=1)
+    if case in STAYS:
+        assert spread.max() > 0.1
+    else:
+        assert torch.stack(found).abs().max() < 1e-12
 
 
 # ── GDC++ and BRAIn ──
@@ -387,7 +458,7 @@ def test_the_world_of_the_picture_is_as_it_says(tmp_path, monkeypatch):
 
 def test_the_table_and_what_it_claims_are_those_of_the_raw_lines():
     """The page has the table that the command prints; six runs arrive, three go to the best."""
-    assert targets.as_table() in PAGE
+    assert targets.as_table() in PAGE and f"`{targets.SHARED}`" in PAGE
     known, reached = targets.targets(), targets.found()
     for run in targets.RUNS:
         assert len(reached[run.title]) == len(targets.SEEDS)

@@ -118,3 +118,22 @@ def test_nothing_comes_from_the_network(text, elements):
     assert {tag for tag, _ in elements.found}.isdisjoint({"link", "img", "iframe", "object"})
     assert not re.search(r"https?:|url\(|@import|\bfetch\(|XMLHttpRequest|import\(", text)
     assert len(text.encode()) < 150_000
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb, WCAG 2."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_every_text_can_be_read(text, mode):
+    """A contrast of 4.5 (WCAG AA) on every ground that it stands on."""
+    pairs = re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", text)
+    colours = {name: luminance((light, dark)[mode]) for name, light, dark in pairs}
+    for ground in ("ground", "panel", "left", "right"):
+        for ink in (*"ckbfms", "text", "quiet", "link"):
+            low, high = sorted((colours[ground], colours[ink]))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (ground, ink)
