@@ -217,7 +217,10 @@ def test_listed_commands_are_run_by_whom_the_list_says():
         assert who in WHO, command
         assert wrong_in(command) == "" or not command.startswith(("python", "torchrun", "pytest"))
         for file, test in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", how):
-            assert f"def {test}" in (ROOT / file).read_text(), (command, test)
+            source = (ROOT / file).read_text()
+            marks = re.search(rf"((?:^@.*\n(?:^[ )\]].*\n)*)*)^def {test}\(", source, re.M)
+            assert marks, f"{command}: {file} has no {test}"
+            assert ("@pytest.mark.slow\n" in marks[1]) == (who == "CI, slow"), (command, test)
         if who == "by hand":
             assert re.search(r"\d", how) or "not measured" in how, f"{command}: how long?"
         elif "`tests/" not in how and runner.exists():
