@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tables import expectation, gradient, make_small_world, posterior, table
+from tables import expectation, gradient, make_small_world, posterior, slow, table
 
 import bond
 import brain
@@ -329,7 +329,7 @@ def test_best_of_n_is_the_tilted_target_of_its_own_reward():
 
 
 # ── what a step holds and does ──
-HELD = {  # the rows of the page's table: script and flags
+HELD = {  # the rows of the page's table: script and flags; those with flags run in `-m slow`
     "brain.py": (brain, {}),
     "brain.py --refresh-every 0": (brain, {"refresh_every": 0}),
     "gdc.py": (gdc, {"test_every": 5}),
@@ -373,7 +373,7 @@ SIZES = {"0": 0, "1": 1, "2": 2, "4": 4, "N": 8, "N + 2": 10, "2N": 16, "3N": 24
 SIZES |= {"N + k": 10, "3(N + k)": 30}  # N is 8, k is 2
 
 
-@pytest.mark.parametrize("command", HELD)
+@pytest.mark.parametrize("command", [slow(row) if "--" in row else row for row in HELD])
 def test_a_step_holds_and_does_what_the_page_says(command, world, tmp_path, monkeypatch):
     """Copies are counted where they are made; responses in the loop, by what they go through."""
     script, more = HELD[command]
@@ -488,6 +488,7 @@ def test_what_the_page_names_exists():
     assert flags <= {"--" + name.replace("_", "-") for name in known}, flags
 
 
-def test_each_relation_has_a_proof():
+def test_each_relation_and_each_row_has_a_proof():
     relations = rows_of(("relation", "holds", "proved by"))
     assert len(relations) > 15 and all("](#proofs)" in row[-1] for row in relations.values())
+    assert list(rows_of(COLUMNS)) == list(HELD)  # and each row of what a step holds is counted
