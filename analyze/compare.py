@@ -48,16 +48,16 @@ TINY = {  # label: script, flags
     "J-BOND": ("bond", EVERY),
     "PPO": ("ppo", EVERY),
     "RLOO": ("ppo", f"--advantage rloo {EVERY}"),
-    "GDC++": ("gdc", f"--normalizer running {EVERY}"),
     "SLiC": ("dpo", f"--loss slic {OFTEN}"),
-    "DPO, pairs of the data set": ("dpo", f"--pairs dataset {OFTEN}"),
-    "DPG, proposal SFT": ("gdc", f"--baseline none --normalizer running --proposal sft {EVERY}"),
-    "BRAIn, τ 0.05": ("brain", f"--beta 0.05 {EVERY}"),
     "BOND, fixed anchor, N 4": (
         "bond",
         f"--anchor fixed --best-of 4 --anchor-samples 8 {EVERY}",
     ),
+    "DPO, pairs of the data set": ("dpo", f"--pairs dataset {OFTEN}"),
+    "DPG, proposal SFT": ("gdc", f"--baseline none --normalizer running --proposal sft {EVERY}"),
+    "GDC++": ("gdc", f"--normalizer running {EVERY}"),
     "online DPO": ("dpo", f"--pairs policy {OFTEN}"),
+    "BRAIn, τ 0.05": ("brain", f"--beta 0.05 {EVERY}"),
 }
 MODELS = (
     "--policy assets/real/policy --reward-model assets/real/reward --dataset assets/real/data "
@@ -135,19 +135,17 @@ def path_of(world: str) -> Path:
 
 
 def planned(world: World, seeds: tuple[int, ...], only: tuple[str, ...] = ()) -> list[Planned]:
-    """All runs, in the order in which one wants them: the first methods before the others, of each
-    three seeds before the rest, a seed of all of them before the next seed of any."""
+    """All runs, in the order in which one wants them: three seeds before the rest, the first
+    methods before the others, of those a seed of all, of these all seeds of one at a time."""
     unknown = [label for label in only if label not in world.arms]
     require(not unknown, f"--only {unknown}: the labels are {', '.join(world.arms)}")
     labels = [label for label in world.arms if not only or label in only]
-    parts = labels[: world.first], labels[world.first :]
-    return [
-        Planned(label, *world.arms[label], seed)
-        for some in (seeds[:3], seeds[3:])
-        for part in parts
-        for seed in some
-        for label in part
-    ]
+    first, others = labels[: world.first], labels[world.first :]
+    pairs = []
+    for some in (seeds[:3], seeds[3:]):
+        pairs += [(label, seed) for seed in some for label in first]
+        pairs += [(label, seed) for label in others for seed in some]
+    return [Planned(label, *world.arms[label], seed) for label, seed in pairs]
 
 
 def best_of_lines(name: str, seeds: tuple[int, ...]) -> list[dict]:

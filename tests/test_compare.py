@@ -221,9 +221,7 @@ def test_runs_are_planned_in_the_order_of_their_use():
     world = compare.WORLDS["tiny"]
     runs, others = compare.planned(world, (1, 2, 3, 4)), len(world.arms) - 8
     assert [run.seed for run in runs[:24]] == [1] * 8 + [2] * 8 + [3] * 8
-    assert [run.seed for run in runs[24:][: 3 * others]] == [1] * others + [2] * others + [
-        3
-    ] * others
+    assert [run.seed for run in runs[24:][: 3 * others]] == [1, 2, 3] * others
     assert {run.seed for run in runs[24 + 3 * others :]} == {4}
     assert len({run.command for run in runs}) == len(runs) == 4 * len(world.arms)
     assert [run.label for run in compare.planned(world, (3,), ("WIND",))] == ["WIND"]
