@@ -29,6 +29,10 @@ What is made, in this order:
               never sees a gold score.
 4. `README.md`  what was measured: the checks that make this a usable problem.
 
+`--chain FOLDER` makes only what the chain sft -> reward -> method begins from, in seconds:
+`start/`, the Llama with random weights, and `data/`, whose pairs are of two writers' reviews. The
+commands of docs/recipes.md go on from there.
+
 The committed `assets/tiny/` was made when this file had training loops of its own, with other
 batches and another β₂ of AdamW: this makes such a world again, and not those bytes.
 """
@@ -68,6 +72,8 @@ class Args:
     reward_pairs: int = 42_000  # pairs to train the reward model; data/ keeps the first train_rows
     train_rows: int = 1_400
     test_rows: int = 256
+    chain: str = ""  # folder for random weights and texts only: nothing is trained
+    chain_rows: int = 40_000  # prompts there to train on, each with a completion and a pair
 
 
 # ── the world ─────────────────────────────────────────────────────────────────────────────────────
@@ -266,9 +272,20 @@ def win_rate(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 # ── the making ────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_rows(rng, model, tokenizer, prompts: list[str]) -> list[dict[str, str]]:
-    """For each prompt a writer's review, and two samples labelled by a noisy reader."""
-    firsts, seconds = (sample(model, tokenizer, prompts)[0] for _ in range(2))
+def new_prompts(rng: random.Random, count: int, but: frozenset[str] = frozenset()) -> list[str]:
+    """Fresh prompts, all different, none of them in `but`."""
+    found: dict[str, None] = {}  # in order of arrival: the order of a set is not reproducible
+    while len(found) < count:
+        prompt = write_prompt(rng)
+        if prompt not in but:
+            found[prompt] = None
+    return list(found)
+
+
+def make_rows(
+    rng: random.Random, prompts: list[str], firsts: list[str], seconds: list[str]
+) -> list[dict[str, str]]:
+    """For each prompt a writer's review, and two responses labelled by a noisy reader."""
     rows = []
     for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
         margin = gold_score(prompt, first) - gold_score(prompt, second)
@@ -356,8 +373,24 @@ Samples of the start model:
 """
 
 
+def write_chain(args: Args) -> None:
+    """Random weights, and a data set without any model's responses."""
+    set_seed(args.seed)
+    rng, out, tokenizer = random.Random(args.seed), Path(args.chain), make_tokenizer()
+    save(LlamaForCausalLM(make_config(tokenizer)), tokenizer, out / "start")
+    held_out = new_prompts(rng, args.test_rows)
+    train = new_prompts(rng, args.chain_rows, frozenset(held_out))
+    for split, prompts in (("train", train), ("test", held_out)):
+        firsts, seconds = ([write_review(rng, prompt) for prompt in prompts] for _ in range(2))
+        write_rows(out / "data" / f"{split}.jsonl", make_rows(rng, prompts, firsts, seconds))
+    print(f"made {out}/start and {out}/data: {len(train)} prompts, and {len(held_out)} held out")
+
+
 def main(args: Args) -> dict[str, float]:
-    """Makes everything, and returns what was measured."""
+    """Makes everything, and returns what was measured; with --chain nothing is."""
+    if args.chain:
+        write_chain(args)
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         return make(args, Path(folder))
 
@@ -369,25 +402,20 @@ def make(args: Args, work: Path) -> dict[str, float]:
     rng = random.Random(args.seed)
     out = Path(args.out)
     tokenizer = make_tokenizer()
-    test_prompts: set[str] = set()
-
-    def new_prompts(count: int) -> list[str]:
-        """Fresh prompts, all different, none of them a test prompt."""
-        found: dict[str, None] = {}  # in order of arrival: the order of a set is not reproducible
-        while len(found) < count:
-            prompt = write_prompt(rng)
-            if prompt not in test_prompts:
-                found[prompt] = None
-        return list(found)
 
     def write_reviews(prompts: list[str]) -> list[dict[str, str]]:
         return [{"prompt": p, "completion": " " + write_review(rng, p)} for p in prompts]
 
-    held_out = new_prompts(args.test_rows)
-    test_prompts.update(held_out)
+    def fresh_prompts(count: int) -> list[str]:
+        return new_prompts(rng, count, but=frozenset(held_out))
+
+    def two_samples(prompts: list[str]) -> list[list[str]]:
+        return [sample(model, tokenizer, prompts)[0] for _ in range(2)]
+
+    held_out = new_prompts(rng, args.test_rows)
 
     # 1. the SFT model: cross-entropy on the writers' reviews
-    reviews = new_prompts(48 * args.sft_steps)
+    reviews = fresh_prompts(48 * args.sft_steps)
     write_rows(work / "reviews" / "train.jsonl", write_reviews(reviews))
     write_rows(work / "reviews" / "test.jsonl", write_reviews(held_out))
     sft.main(
@@ -409,9 +437,11 @@ def make(args: Args, work: Path) -> dict[str, float]:
     model = LlamaForCausalLM.from_pretrained(out / "sft")
 
     # 2. the data: references and preference pairs
-    train_rows = make_rows(rng, model, tokenizer, new_prompts(args.reward_pairs))
-    test_rows = make_rows(rng, model, tokenizer, held_out)
-    more_pairs = make_rows(rng, model, tokenizer, new_prompts(2_000))  # for a sharper accuracy
+    pairs = fresh_prompts(args.reward_pairs)
+    train_rows = make_rows(rng, pairs, *two_samples(pairs))
+    test_rows = make_rows(rng, held_out, *two_samples(held_out))
+    more = fresh_prompts(2_000)
+    more_pairs = make_rows(rng, more, *two_samples(more))  # for a sharper accuracy
 
     # 3. the reward model: Bradley-Terry on the pairs
     body = LlamaForCausalLM.from_pretrained(out / "sft")
