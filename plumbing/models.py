@@ -231,7 +231,8 @@ def load_classifier(args, device: torch.device) -> Model:
 
 def load_critic(args, policy: Model, tokenizer, name: str) -> Model:
     """A classifier to be trained, which reads the policy's tokens: that of --value-model `name`, or
-    the body of --policy with a head of zeros."""
+    the body of --policy with a head of zeros. With --lora-rank its body has adapters, and the head
+    itself is trained."""
     from transformers import AutoModelForSequenceClassification as Classifier
 
     flag = "--value-model" if name else "--policy"
@@ -249,7 +250,9 @@ def load_critic(args, policy: Model, tokenizer, name: str) -> Model:
     if not name:
         torch.nn.init.zeros_(module.score.weight)
     if args.lora_rank:
-        _add_adapters(module, args)
+        score = module.score
+        _add_adapters(module, args)  # beside the score as well, which here is no head to be kept
+        module.score = score.requires_grad_(True)
     if args.checkpointing:
         _recompute(model)
     return model

@@ -23,7 +23,7 @@ from test_layout import chat_tokenizer
 import brain
 import common
 from analyze import export
-from prepare import parts, real, reward, sft, tiny
+from prepare import parts, real, reward, sft, texts, tiny
 
 ROOT = Path(brain.__file__).parent
 SCRIPTS = [sft, reward]
@@ -593,3 +593,122 @@ def test_the_real_policy_is_made_by_sft(tmp_path):
     none = real.write_policy(tmp_path / "base", reviews, 0, tmp_path / "as it was")
     assert none[0] == "SFT on 0 reviews"
     assert same(load_file(tmp_path / "as it was" / "model.safetensors"), theirs)
+
+
+def test_the_tiny_chain_begins_from_random_weights_and_texts_alone(tmp_path):
+    """Prompts that differ; of a pair the better one is chosen oftener, and not always."""
+    out = tmp_path / "chain"
+    assert tiny.main(tiny.Args(chain=str(out), chain_rows=2_000, test_rows=50)) == {}
+    rows = {split: read_log(out / "data" / f"{split}.jsonl") for split in ("train", "test")}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 2_000, "test": 50}
+    prompts = [row["prompt"] for part in rows.values() for row in part]
+    assert len(set(prompts)) == len(prompts)
+    gaps = [
+        tiny.gold_score(row["prompt"], row["chosen"])
+        - tiny.gold_score(row["prompt"], row["rejected"])
+        for row in rows["train"]
+    ]
+    better, worse = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+    assert 0.65 < better / (better + worse) < 0.95
+    assert all(row["completion"].startswith(" ") for row in rows["train"])
+    config = json.loads((out / "start" / "config.json").read_text())
+    assert config["vocab_size"] == len(tiny.make_tokenizer())
+
+
+# ── real texts: what becomes of them, by hand-made inputs ──
+def reviews(count: int) -> list[texts.Review]:
+    """Numbered, of ten words; ratings -4, -3.5 … 4, and again."""
+    return [
+        texts.Review(f"film {i} was so", " one two three four five six", (i % 17 - 8) / 2)
+        for i in range(count)
+    ]
+
+
+def test_a_pair_is_two_reviews_that_people_tell_apart():
+    a, b, c, d = (
+        texts.Review("this film was so", f" {word}", rating)
+        for word, rating in (("good", 2.0), ("bad", -1.5), ("poor", -1.0), ("mean", -2.5))
+    )
+    assert [(row["chosen"], row["rejected"]) for row in texts.pairs_of([a, b, c, d])] == [
+        (" this film was so good", " this film was so bad"),  # b and c are less than 1 apart
+        (" this film was so poor", " this film was so mean"),
+        (" this film was so good", " this film was so poor"),  # and now by two
+        (" this film was so bad", " this film was so mean"),
+    ]
+    assert {row["prompt"] for row in texts.pairs_of([a, b])} == {"Review:"}
+
+
+def test_the_chain_reads_a_pair_as_it_reads_a_prompt_with_its_response(tmp_path):
+    """Sides of the split do not meet, and prompt + response of both files are the same texts."""
+    all_reviews = reviews(texts.TRAINED + 500)
+    all_reviews[texts.HELD_OUT + 3] = all_reviews[7]._replace(
+        completion=" one two three four five six seven"
+    )
+    texts.write_reviews(all_reviews, tmp_path / "reviews")
+    texts.write_pairs(all_reviews, tmp_path / "pairs")
+    whole, rated = {}, {}
+    for split in ("train", "test"):
+        rows = read_log(tmp_path / "reviews" / f"{split}.jsonl")
+        whole[split] = {row["prompt"] + row["completion"] for row in rows}
+        assert all(row["prompt"].startswith("Review: film ") for row in rows)
+        pairs = read_log(tmp_path / "pairs" / f"{split}.jsonl")
+        rated[split] = {x["prompt"] + x[side] for x in pairs for side in ("chosen", "rejected")}
+        assert len(rated[split]) > 1_000
+        assert len(rated[split] - whole[split]) <= 1  # the review whose prompt is held out
+    assert not rated["train"] & rated["test"]
+    assert len(whole["test"]) == texts.HELD_OUT
+    assert len(whole["train"]) == texts.TRAINED - texts.HELD_OUT - 1
+    prompts = {split: {text.split(" one")[0] for text in part} for split, part in whole.items()}
+    assert not prompts["train"] & prompts["test"]
+
+
+INDEX = """Package: {name}
+Description-md5: 302b8ff8
+Description-en: {synopsis}
+ {opening} is a program that does one thing well,
+ and another badly.
+ .
+ It reads:
+  * files
+  * pipes
+ and writes what is left of them to the screen.
+
+"""
+
+
+def test_descriptions_become_text_and_doubles_are_left_out():
+    entries = [
+        ("one", "tool for this and that", "Alpha"),
+        ("two", "tool for this and that", "Beta"),  # the synopsis of the first
+        ("three", "library of another kind", "alpha"),  # begins as the first
+        ("four", "one thing well,", "Gamma"),  # holds its synopsis
+        ("five", "two words", "Delta"),  # too short
+        ("six", "screen reader for small files", "Zeta"),
+    ]
+    index = "".join(INDEX.format(name=n, synopsis=s, opening=o) for n, s, o in entries)
+    index += "Package: long\nDescription-en: much to say of it\n" + " word\n" * 91 + "\n"
+    found = texts.read_descriptions(index)
+    assert [summary.synopsis for summary in found] == [entries[0][1], entries[5][1]]
+    assert found[0].description == (
+        "Alpha is a program that does one thing well, and another badly.\n\nIt reads:\n* files\n"
+        "* pipes and writes what is left of them to the screen."
+    )
+
+
+def test_summaries_are_rows_for_sft_with_held_out_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "HELD_OUT_SUMMARIES", 3)
+    names = [f"{chr(97 + i)}{chr(97 + j)}" for i in range(4) for j in range(5)]
+    index = tmp_path / "Translation-en"
+    index.write_text(
+        "".join(INDEX.format(name=x, synopsis=f"tool named {x}", opening=x) for x in names)
+    )
+    said = texts.write_summaries(index, 1, tmp_path / "summaries")
+    assert said == ["20 descriptions, 3 of them held out"]
+    rows = [read_log(tmp_path / "summaries" / f"{x}.jsonl") for x in ("train", "test")]
+    assert [len(part) for part in rows] == [17, 3]
+    for row in rows[0] + rows[1]:
+        name = row["prompt"].split()[0]
+        assert row["completion"] == f" tool named {name}"
+        assert row["prompt"].endswith("screen.\n\nTL;DR:")
+    order = [row["prompt"].split()[0] for row in rows[1] + rows[0]]
+    assert sorted(order) == names and order != names

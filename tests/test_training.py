@@ -250,6 +250,21 @@ def test_adapters_and_recomputation_on_other_architectures(name):
     assert all(gradient.abs().max() > 0 for gradient in once[1:])
 
 
+def test_a_value_below_adapters_trains_its_own_score(world):
+    """A plain linear layer, which begins at 0 and has a gradient there; of the body adapters."""
+    args = flags(world)
+    tokenizer = common.load_tokenizer("--policy", args.policy)
+    value = common.load_critic(args, load(args), tokenizer, "")
+    score = value.module.score
+    assert type(score) is torch.nn.Linear and score.weight.requires_grad
+    names = {name for name, weight in value.named_parameters() if weight.requires_grad}
+    assert names - {"module.score.weight"} == {name for name in names if ".lora_" in name}
+    values = common.token_values(value, BATCH)
+    assert not values.any()
+    (values - 1).square().sum().backward()
+    assert score.weight.grad.abs().max() > 1e-3
+
+
 def test_copies_share_the_base_and_hold_adapters_of_their_own():
     model = adapted("llama")
     copy = loading.frozen_copy(model)
@@ -334,9 +349,11 @@ def test_a_run_with_adapters(world, tmp_path, monkeypatch, variant):
             assert weights and all(".lora_" in key for key in weights), name
     for moments in state["optimizer"]["state"].values():
         assert moments["exp_avg"].dtype == torch.float32
-    adapters = [key for key in state.get("value", {}) if ".lora_" in key]
-    assert len(state["optimizer"]["state"]) == len(state["policy"]) + len(adapters)
-    assert (script is ppo) == (len(adapters) > 0)
+    value = [key for key in state.get("value", {}) if ".lora_" not in key]
+    assert [key.endswith("score.weight") for key in value] == [True] * (script is ppo)
+    trained_weights = len(state["policy"]) + len(state.get("value", {}))
+    assert len(state["optimizer"]["state"]) == trained_weights
+    assert script is not ppo or state["value"][value[0]].abs().max() > 1e-4  # it began at 0
 
     half = stopped(script, flags(world), tmp_path / "half", 2, monkeypatch, **more)
     resume(script, half)
