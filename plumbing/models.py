@@ -250,9 +250,7 @@ def load_critic(args, policy: Model, tokenizer, name: str) -> Model:
     if not name:
         torch.nn.init.zeros_(module.score.weight)
     if args.lora_rank:
-        score = module.score
-        _add_adapters(module, args)  # beside the score as well, which here is no head to be kept
-        module.score = score.requires_grad_(True)
+        _add_adapters(module.base_model, args)  # the score itself stays, and is trained
     if args.checkpointing:
         _recompute(model)
     return model

@@ -55,6 +55,7 @@ GPU, MEMORY, GRAPH = path_of("gpu"), path_of("memory"), path_of("cuda_graph")
 REAL, LAYOUT, TRAINING = path_of("real"), path_of("layout"), path_of("training")
 BFLOAT16 = path_of("bfloat16")
 PREPARE = path_of("prepare")
+RECIPES = path_of("recipes")
 EVALUATE = path_of("evaluate")
 FRONT = path_of("front")
 ABLATION = path_of("ablation")
@@ -1052,7 +1053,16 @@ MUTANTS = [
     ("prepare/real.py", '.with_name(folder.name + ".new")', "", REAL, "whole_or_not"),
     ("prepare/texts.py", "if review.prompt not in seen", "", REAL, "splits"),
     ("prepare/texts.py", "prompts_of(reviews[TRAINED:], ", "prompts_of(reviews, ", REAL, "splits"),
-    ("plumbing/models.py", "module.score = score.req", "score.req", TRAINING, "value_below"),
+    (
+        "plumbing/models.py",
+        "s(module.base_model, args)",
+        "s(module, args)",
+        TRAINING,
+        "value_below",
+    ),
+    ("analyze/hours.py", "(forward + 2.5) * pairs", "(forward + 2) * pairs", RECIPES, "operations"),
+    ("analyze/hours.py", "batch.prompts * (blocks", "(blocks", RECIPES, "operations"),
+    ("analyze/hours.py", "setup.rank else 2", "setup.rank else 1", RECIPES, "operations"),
     ("prepare/texts.py", "lambda review: -rev", "lambda review: rev", PREPARE, "tell_apart"),
     ("prepare/texts.py", ">= LEAST_GAP", "> 0", PREPARE, "tell_apart"),
     ("prepare/texts.py", "(reviews[HELD_OUT:TRAINED],", "(reviews,", PREPARE, "chain_reads"),
