@@ -496,8 +496,11 @@ def _leave(rows: Decoding, going: Tensor, t: int) -> bool:
 
     All rows are of one width: those of which fewer responses are going keep ended ones.
     """
+    most = (1 - MOST_ENDED) * going.numel()  # to be fed
+    if going.sum() > most:
+        return False
     stay, before, width = going.any(1).nonzero()[:, 0], going.shape[1], int(going.sum(1).max())
-    if len(stay) * width > (1 - MOST_ENDED) * going.numel():
+    if len(stay) * width > most:
         return False
     kept = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :width]
     both = torch.cat([stay[:, None], kept], 1).to(rows.u.device)  # one copy to a GPU
@@ -505,8 +508,9 @@ def _leave(rows: Decoding, going: Tensor, t: int) -> bool:
     slots = torch.arange(rows.segment.shape[1], device=stay.device)
     own = (slots[rows.first :: before, None] + kept[:, None]).flatten(1)
     slots = torch.cat([slots[: rows.first].expand(len(stay), -1), own], 1)
+    filled = slots[:, : rows.first + (t - 1) * width]
     for layer in rows.cache.layers:
-        layer.keep(stay, slots, rows.first + (t - 1) * width)
+        layer.keep(stay, filled, slots.shape[1])
     rows.which = rows.which[stay].gather(1, kept)
     rows.segment = rows.segment[stay].gather(1, slots)
     rows.position = rows.position[stay].gather(1, slots)

@@ -36,11 +36,17 @@ class GrowingLayer(StaticLayer):
         self.filled = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def keep(self, rows: Tensor, slots: Tensor, filled: int) -> None:
-        """Keeps of `rows` [R] the `slots` [R, S], of which so many are filled."""
-        self.keys = self.keys[rows[:, None], :, slots].transpose(1, 2).contiguous()
-        self.values = self.values[rows[:, None], :, slots].transpose(1, 2).contiguous()
-        self.filled = filled
+    def keep(self, rows: Tensor, slots: Tensor, size: int) -> None:
+        """Keeps of `rows` [R] the filled `slots` [R, S], in memory for `size` slots."""
+        self.filled = slots.shape[1]
+        self.keys = _kept(self.keys, rows, slots, size)
+        self.values = _kept(self.values, rows, slots, size)
+
+
+def _kept(old: Tensor, rows: Tensor, slots: Tensor, size: int) -> Tensor:
+    kept = old.new_zeros(len(rows), old.shape[1], size, old.shape[3])
+    kept[:, :, : slots.shape[1]] = old[rows[:, None], :, slots].transpose(1, 2)
+    return kept
 
 
 def make_cache(model, slots: int) -> Cache:

@@ -242,7 +242,13 @@ class _Reader:
         self.dataset = args.dataset
         self.policy = policy_layout(args, tokenizer)
         response = args.max_response_tokens
-        self.limit = args.max_prompt_tokens or room("--policy", args.policy) - response
+        context = room("--policy", args.policy)
+        self.limit = args.max_prompt_tokens or context - response
+        require(
+            self.limit > 0,
+            f"--policy {args.policy}: its context of {context} tokens leaves no room for a prompt "
+            f"in front of --max-response-tokens {response}; lower it",
+        )
         self.reward = None
         if args.reward_model and not is_function(args.reward_model):
             self.reward = reward_layout(args)

@@ -562,6 +562,7 @@ MUTANTS = [
     ("common.py", "policy.cuda_graph = True", "pass", GRAPH, "is_refused"),
     ("plumbing/cache.py", "        self.graph.replay()", "        pass", GRAPH, "draws_the_same"),
     ("plumbing/run.py", "not self.args.cuda_graph or", "True or", GRAPH, "without_a_gpu"),
+    ("plumbing/data.py", "self.limit > 0,", "True,", BAD, "no_room"),
     (
         "plumbing/cache.py",
         "return self.keys[:, :, :end]",

@@ -348,6 +348,21 @@ def test_context_of_the_policy(flags, capsys, tmp_path, limit, fits):
     assert "12" in error and "--max-prompt-tokens + --max-response-tokens = 13" in error
 
 
+@pytest.mark.parametrize("limit, fits", [(5, False), (10, True)])
+def test_a_context_that_leaves_a_prompt_no_room(flags, capsys, tmp_path, limit, fits):
+    """By default a prompt may be as long as the context leaves beside 5 response tokens."""
+    tokenizer = word_tokenizer()
+    folder = save(tmp_path / "policy", model("gpt2", tokenizer, n_positions=limit), tokenizer)
+    own = flags | {"--policy": folder, "--max-prompt-tokens": "0", "--steps": "1"}
+    if fits:
+        train(own)
+        return
+    assert refusal(own, capsys) == (
+        f"error: --policy {folder}: its context of 5 tokens leaves no room for a prompt in front "
+        "of --max-response-tokens 5; lower it\n"
+    )
+
+
 def test_context_of_the_reward_model(flags, capsys, tmp_path):
     """It has its own tokenizer: only its own rows show what is too long for it, and all are."""
     tokenizer = word_tokenizer()
