@@ -247,6 +247,47 @@ def levers() -> str:
     )
 
 
+def generation() -> str:
+    """Section on sampling alone."""
+    lines = read("generate", "model", "prompts", "samples", "prompt", "response")
+    rows = [
+        [f"{x['model']}, {x['weights'] / 1e6:.0f} million"]
+        + [f"{x['prompts']}, {x['samples']}", shape(x), spread(x), x["ours_s"], x["generate_s"]]
+        for x in lines
+    ]
+    head = ["model", "P, N", "prompt, response", "time ratio", "ours, s", "generate, s"]
+    threads = sorted({x["threads"] for x in lines})
+    return (
+        "\n## Sampling against transformers' generate\n\n`python -m benchmarks.generate`: real "
+        "checkpoints, float32, no token ends a response; seconds are medians of "
+        f"{min(x['repeats'] for x in lines)} turns or more, on "
+        f"{' or '.join(map(str, threads))} thread{'s' * (threads != [1])}.\n\n"
+        + table(head, rows)
+        + "\n\n"
+        + where(lines)
+    )
+
+
+def fed_tokens() -> str:
+    """Section on what responses that have ended cost."""
+    lines = read("fed_tokens", "prompts", "samples", "mean", "response")
+    ways = ["nothing leaves", "rows leave", "responses leave"]
+    rows = [
+        [f"{x['prompts']}, {x['samples']}", f"{x['mean']}, {x['response']}"]
+        + [f"{x[way]:.0%}" for way in ways]
+        for x in lines
+    ]
+    return (
+        "\n## Of the tokens fed, how many are of a response that goes on\n\n`python -m "
+        "benchmarks.fed_tokens`: counted, with the scripts' sampler and geometric lengths that are "
+        "cut. A row holds the N responses to a prompt. It must be as wide as the row with the most "
+        "responses that go on, so some ended ones are still fed.\n\n"
+        + table(["P, N", "mean length uncut, cut at", *ways], rows)
+        + "\n\n"
+        + where(lines)
+    )
+
+
 def draw() -> None:
     """docs/step_time.png: phases of a step, ours beside TRL's."""
     import matplotlib
@@ -274,7 +315,8 @@ def draw() -> None:
 
 def page() -> str:
     """The whole of docs/performance.md."""
-    parts = (dpo_steps, online_steps, against_disco, default_runs, profile, growth, limit, levers)
+    parts = [dpo_steps, online_steps, against_disco, generation, fed_tokens]
+    parts += [default_runs, profile, growth, limit, levers]
     return HEAD + "".join(part() for part in parts)
 
 

@@ -14,6 +14,7 @@ why. The parts:
   X default  a script, with its default flags, for 4 steps
   X 1B, 8B   a script on random weights in the shapes of Llama 3.2 1B and 3.1 8B, by the dtype, or
              with adapters; brain.py, or by --only every script. Killed after its second step
+  X recorded 1B, 8B  the same with --cuda-graph, for GPUs only; 1B in mixed, or by --only all
   resume     whether a run that stopped and went on is the one that did not, bit for bit
   TRL        a step of DPO and of GRPO against ours, in turns
 
@@ -355,15 +356,15 @@ class Runs:
                 found[name] = statistics.median(values)
         return found | {"steps": lines[-1]["step"], "eval/kl": lines[0]["eval/kl"]}
 
-    def shaped(self, script: str, shape: str, kind: str, until: float) -> dict:
-        """A script on random weights of a large shape."""
+    def shaped(self, script: str, shape: str, kind: str, recorded: bool, until: float) -> dict:
+        """A script on random weights of a large shape; its decoding steps may be `recorded`."""
         began = time.monotonic()
         model, batch = (TINY_SHAPES if self.args.tiny else SHAPES)[shape]
         checkpoints, setup = self.folder / shape, SETUPS[kind]
         if not (checkpoints / "prompts.jsonl").exists():
             inner(self.args, "make", checkpoints, until)
         made = time.monotonic()
-        folder = self.folder / f"{script} {shape} {kind}"
+        folder = self.folder / f"{script} {shape} {kind}{' recorded' * recorded}"
         words = [f"{script}.py", "--policy", str(checkpoints / "policy")]
         words += ["--reward-model", str(checkpoints / "reward")]
         words += ["--dataset", str(checkpoints / "prompts.jsonl"), "--lr", "1e-6"]
@@ -375,6 +376,7 @@ class Runs:
         words += ["--run-dir", str(folder), "--dtype", kind.split()[0]]
         words += ["--lora-rank", str(setup.rank)] if setup.rank else []
         words += ["--checkpointing"] * setup.checkpointing
+        words += ["--cuda-graph"] * recorded
 
         def enough() -> bool:
             return any(line["step"] == STEPS for line in read(folder))
@@ -431,8 +433,11 @@ def parts(args: Args, runs: Runs) -> list[Part]:
         for kind in SETUPS:
             for name in NAMES:
                 usual = name == "brain" and (shape, kind) in BY_DEFAULT
-                run = partial(runs.shaped, name, shape, kind)
+                run = partial(runs.shaped, name, shape, kind, False)
                 found.append(Part(f"{name} {shape} {kind}", 240, run, usual))
+                usual = usual and (shape, kind) == ("1B", "mixed") and torch.cuda.is_available()
+                run = partial(runs.shaped, name, shape, kind, True)
+                found.append(Part(f"{name} recorded {shape} {kind}", 240, run, usual))
     found.append(Part("resume", 60, runs.resume))
     if find_spec("trl"):
         for name, inside in (("TRL DPO", "trl_dpo"), ("TRL GRPO", "trl_grpo")):

@@ -1,6 +1,6 @@
 """What each idea for speed is worth alone: the code as it is against the code without the idea.
 
-    python -m benchmarks.levers [--repeats 7]
+    python -m benchmarks.levers [--repeats 7] [--only WORD]
 
 The model of the other benchmarks; 2 prompts with 8 responses, 4 prompts with 2 for the third shape;
 responses of random lengths, up to the one named. With and without take turns in one process; a
@@ -21,6 +21,7 @@ import common
 import plumbing.cache
 import plumbing.models
 from benchmarks import side_by_side
+from benchmarks.fed_tokens import only_whole_rows
 from benchmarks.side_by_side import VOCABULARY, make_policy, make_prompts
 from benchmarks.where import add
 
@@ -31,6 +32,8 @@ SHAPES = ((256, 48, 2, 8), (64, 256, 2, 8), (64, 256, 4, 2))
 class Args:
     repeats: int = 7
     """turns of each side, after one that does not count"""
+    only: str = ""
+    """only levers whose names contain this"""
 
 
 def make_batch(prompt: int, response: int, count: int, n: int) -> common.Batch:
@@ -100,6 +103,7 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
     copying = patch.object(plumbing.cache, "GrowingLayer", lambda slots: DynamicLayer())
     unturned = patch.object(plumbing.models, "FEW_ROWS", 0)
     staying = patch.object(common, "MOST_ENDED", 2)
+    whole_rows = patch.object(common, "_leave", only_whole_rows)
     whole = patch.object(common, "CHUNK", 2**40)
     again = patch.object(common, "MOST_LOGITS", 0)
     many = list(range(1, VOCABULARY * 4 // shape[1]))  # end tokens: lengths of many kinds
@@ -118,6 +122,10 @@ def levers(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callab
         "sampling: responses of many lengths, ended rows leave": (
             sample_ends,
             under(staying, sample_ends),
+        ),
+        "sampling: single responses leave, not only rows": (
+            sample_ends,
+            under(whole_rows, sample_ends),
         ),
         "sampling: products of few rows turned": (sample, under(unturned, sample)),
         "sampling: inference mode": (torch.inference_mode()(sample), sample),
@@ -152,6 +160,8 @@ def main(args: Args) -> None:
     for shape in SHAPES:
         found = levers(shape) | (levers_without_shape() if shape == SHAPES[0] else {})
         for name, (after, before) in found.items():
+            if args.only not in name:
+                continue
             times = side_by_side.take_turns({"with": after, "without": before}, args.repeats)
             line = {"lever": name} | dict(zip(("prompt", "response", "prompts", "samples"), shape))
             line |= side_by_side.ratio(times["with"], times["without"])

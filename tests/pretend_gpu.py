@@ -23,7 +23,8 @@ is counted.
 
 A phase is the names of functions that were entered, outermost first. In `sample` a pass of the
 model is "prompt" if its cache is new, or else "token", and goes on until the next pass; "block" is
-one of the model's layers.
+one of the model's layers. A CUDA graph is `replay.Graph`: what it computes is counted as "replay",
+in the phase in which it was launched.
 """
 
 import collections
@@ -251,6 +252,11 @@ class Device:
         }
         for name, answer in answers.items():
             setattr(cuda, name, answer)
+        sys.path.append(str(SOURCE.parent))
+        import replay
+
+        replay.Graph.replay = self.named("replay", replay.Graph.replay)
+        cuda.CUDAGraph, cuda.graph = replay.Graph, replay.capture
 
     # ── the report ──
 

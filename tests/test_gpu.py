@@ -195,6 +195,26 @@ def test_a_short_run_and_what_its_decoding_costs(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_recorded_step_asks_nothing_and_draws_the_same(tmp_path):
+    """--cuda-graph, where the graph is one that the CPU replays."""
+    flags, said = SHORT | {"dtype": "float32", "steps": 1}, []
+    for name, more in (("plain", {}), ("recorded", {"cuda_graph": True})):
+        done, counts = pretend(tmp_path / name, "brain.py", flags | more)
+        succeeded(done)
+        said.append([line["response"] for line in read_log(tmp_path / name / "samples.jsonl")])
+    assert said[0] == said[1] and counts["phases"]["sample > token > replay"]["entered"] > 10
+    assert not any("replay" in phase for phase, *_ in counts["waits"])
+
+
+@pytest.mark.slow
+def test_a_step_that_asks_the_host_is_not_recorded(tmp_path):
+    change = ("common.py", "layer.slots = slots", "layer.slots = slots + 0 * int(slots[0])")
+    root = copy_of_the_sources(tmp_path / "sources", [change])
+    done, _ = pretend(tmp_path / "run", "brain.py", SHORTEST | {"cuda_graph": True}, root)
+    assert done.returncode and "cannot be recorded, leave it out: operation not" in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_script_takes_two_steps_of_its_default(name, tmp_path):
     done, _ = pretend(tmp_path / "run", f"{name}.py", {"steps": 2})
@@ -249,10 +269,10 @@ def test_a_planted_mistake_is_reported(plant, tmp_path):
 def test_the_benchmark_runs_to_its_end(device, tmp_path):
     """Small shapes, of the scripts the first and the longest. On the pretended GPU without TRL,
     whose trainers ask for more of a device, and without what tests above do there."""
-    parts = ["check", "brain default", "brain 8B bfloat16 LoRA"]
+    parts = ["check", "brain default", "brain 8B bfloat16 LoRA", "brain recorded 1B mixed"]
     through = ["--through", "tests/pretend_gpu.py"]
     if device == "cpu":
-        parts += ["ppo default", "brain 1B mixed", "resume", "TRL DPO", "TRL GRPO"]
+        parts[3:] = ["ppo default", "brain 1B mixed", "resume", "TRL DPO", "TRL GRPO"]
         through = []
     command = ["-m", "benchmarks.gpu", "--tiny", "--results", tmp_path, *through]
     done = on_the_cpu([*command, "--only", *parts])
