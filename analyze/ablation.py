@@ -20,7 +20,7 @@ among N of the proposal's:
 The policies of this world are products, so they stop at the product of q_N's marginals.
 
 **The tiny language model.** `brain.py` on its embedded default, 60 steps, five seeds: the same
-arms, and the two first rungs of the ladder with 128 responses per step as well.
+arms. The ladder on it is `benchmarks.ladder`'s.
 """
 
 import statistics
@@ -36,6 +36,7 @@ from torch import Tensor
 
 import brain
 from analyze import sweep
+from analyze.intervals import kl_bound
 from analyze.tables import ROOT, median_and_range, table
 from benchmarks.where import add
 from plumbing.report import COLOURS, panels, read_lines
@@ -82,16 +83,16 @@ SETTINGS = dict.fromkeys(
     [setting._replace(scale=scale) for setting in LADDER.values() for scale in (0.5, 1.0)]
     + [Setting(scale=scale, steps=LONG) for scale in (1.5, 2.0)]
 )
-PAIRS = "--samples-per-prompt 2 --prompts-per-step 64 --refresh-every 0"
 TINY = {  # label: flags of brain.py
     f"{name}, {proposal}": f"--estimator {estimator} --refresh-every {refresh}"
     for proposal, refresh in (("fixed", 0), ("renewed", 10))
     for estimator, name in ESTIMATORS.items()
-} | {"DPO-sft": f"{PAIRS} --estimator arg-max", "softmax": f"{PAIRS} --estimator brain"}
-RUNS = [
-    sweep.Planned(label, "brain", f"--steps {TINY_STEPS} {flags}", seed)
+}
+RUNS = [  # the fixed proposal first: it is where the estimates differ
+    sweep.Planned(label, "brain", f"--steps {TINY_STEPS} {TINY[label]}", seed)
+    for labels in (list(TINY)[:3], list(TINY)[3:])
     for seed in TINY_SEEDS
-    for label, flags in TINY.items()
+    for label in labels
 ]
 
 
@@ -297,17 +298,24 @@ proposal. KL(target‖policy), and the mean reward, of which the target has {rew
 The arg-max trusts every comparison fully. It has no target, and runs past (T) to higher rewards;
 at scale 0.5 it ends farther from (T) than the start model was. From the softmax on every rung has
 (T) for its optimum, and in this easy world two samples are enough to reach it: more samples and a
-renewed proposal change how fast, not where.
+renewed proposal change how fast, not where. The ladder on the tiny language model stands in
+[brain.md](brain.md).
 """
 TINY_START = """
 ## The tiny language model
 
 `brain.py` on its embedded default after {steps} steps, {seeds}; medians (least to largest); raw
 lines: `analyze/results/ablation_tiny.jsonl`. Here the target is not known, and the runs are still
-on their way.
+on their way. The win rate is against the data set's completions; KL is from the start model.
 
 {table}
+
+With the proposal fixed the three part here too: BRAIn has a win rate of {brain} at {brain_kl}
+nats, its ablations of {others} at {others_kl} nats. By (1) these cannot go much farther: the best
+of 8 itself, to which α̂ tends for a small τ, is at most {bound:.2f} nats from the start model.
+{renewed}
 """
+RENEWED = {False: "Runs with a renewed proposal have not been made yet.", True: ""}
 
 
 def value(line: dict, key: str = "kl_from_target", digits: int = 3) -> str:
@@ -406,7 +414,7 @@ def tiny_part() -> str:
     """What the page says of the language model: nothing before there is a run."""
     lines, rows = sweep.read_results(TINY_RESULTS), []
     for label in TINY:
-        ends = [line["curve"][-1] for line in lines if line["label"] == label]
+        ends = ends_of(lines, label)
         if ends:
             keys = ("win_rate", "judge_win_rate", "reward", "kl")
             cells = [median_and_range([end[key] for end in ends], 2) for key in keys]
@@ -414,14 +422,44 @@ def tiny_part() -> str:
     whole = len(lines) == len(RUNS)
     seeds = f"{len(TINY_SEEDS)} seeds" if whole else f"{len(lines)} of {len(RUNS)} runs"
     head = ["run", "seeds", "win rate by the reward model", "by gold", "reward", "KL, nats"]
-    said = TINY_START.format(steps=TINY_STEPS, seeds=seeds, table=table(head, rows))
-    return said if lines else ""
+    fixed, renewed = ([f"{name}, {how}" for name in ESTIMATORS.values()] for how in HOW)
+    if not all(ends_of(lines, label) for label in fixed):
+        return ""
+    brain_ends, *others = (ends_of(lines, label) for label in fixed)
+    others = [end for ends in others for end in ends]
+    whole = all(ends_of(lines, label) for label in renewed)
+    return TINY_START.format(
+        steps=TINY_STEPS,
+        seeds=seeds,
+        table=table(head, rows),
+        brain=span(brain_ends, "win_rate"),
+        brain_kl=span(brain_ends, "kl"),
+        others=span(others, "win_rate"),
+        others_kl=span(others, "kl"),
+        bound=kl_bound(8),
+        renewed=RENEWED[whole],
+    )
+
+
+HOW = ("fixed", "renewed")
+
+
+def ends_of(lines: list[dict], label: str) -> list[dict]:
+    """The last evaluation of each run with this label."""
+    return [line["curve"][-1] for line in lines if line["label"] == label]
+
+
+def span(ends: list[dict], key: str) -> str:
+    """Least to most, or the only one."""
+    found = sorted({f"{end[key]:.2f}" for end in ends})
+    return " to ".join(dict.fromkeys((found[0], found[-1])))
 
 
 def draw(path: Path) -> None:
     """Curves, and where runs end against the KL of the target and against N."""
     world = Product()
-    figure, (curves, budget, counts) = panels(1, 3, (14, 4.2))
+    figure, (curves, budget, counts, tiny) = panels(2, 2, (11, 8))
+    tiny.set(visible=bool(tiny_part()))
     for (estimator, name), colour in zip(ESTIMATORS.items(), COLOURS):
         for refresh, style in ((0, "-"), (100, ":")):
             line = world.trained[Setting(estimator, 8, refresh)]
@@ -445,6 +483,19 @@ def draw(path: Path) -> None:
         x = x or [world.middle(setting, "kl_of_target") for setting in settings]
         y = [statistics.median(world.stops[setting]["kl_from_target"]) for setting in settings]
         axis.plot(x, y, "kx", ms=9, label="by (1), without training")
+    if tiny_part():
+        lines = sweep.read_results(TINY_RESULTS)
+        for label in TINY:
+            name, _, how = label.partition(", ")
+            if how:
+                colour = COLOURS[list(ESTIMATORS.values()).index(name)]
+                for i, run in enumerate(line for line in lines if line["label"] == label):
+                    x, y = ([point[key] for point in run["curve"]] for key in ("step", "kl"))
+                    style = "-" if how == "fixed" else ":"
+                    tiny.plot(x, y, style, color=colour, label="" if i else f"{label} proposal")
+        tiny.axhline(kl_bound(8), color="black", lw=1, ls="--", label="best of 8, at most")
+        tiny.set(xlabel="step", title="tiny language model", ylabel="KL(policy‖start model), nats")
+        tiny.legend(fontsize=8)
     curves.set(yscale="log", ylim=(5e-4, 20), xlabel="step", title="scale 1, N = 8")
     budget.set(xlabel="KL(target‖start model), nats", title="fixed proposal, N = 8")
     counts.set(xlabel="samples per prompt, N", title="fixed proposal, scale 1")

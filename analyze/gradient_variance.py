@@ -11,7 +11,8 @@ computed with the scripts' own weights and losses, and for two arms is known (de
     Var GDC++ = (e^{μ²} (1 + (1+μ)²) + e^{(1−μ)²} (1 + (1−μ)²) − 2 e^{μ²−μ} (1 + μ²) − 1) / n  (2)
 
 The picture has the published arms. The raw lines, in analyze/results/gradient_variance.jsonl, have
-the two ablations of BRAIn as well.
+the two ablations of BRAIn as well. What the page says of language models is measured by
+analyze/gradient_pool.py.
 """
 
 import json
@@ -25,6 +26,7 @@ from torch import Tensor
 
 import brain
 import gdc
+from analyze import gradient_pool
 from analyze.tables import ROOT, table
 from benchmarks import where
 from plumbing.report import COLOURS, panels
@@ -135,7 +137,9 @@ def page(lines: list[dict]) -> str:
     for line in own[:: PLACES // 4] + own[-1:]:
         rows.append(row(lines, line["mu"], 1.0))
     rows.append(row(lines, **AT_TARGET))
-    return start + "\n" + table(["μ", "θ", *ARMS, "DPG, (1)", "GDC++, (2)"], rows)
+    head = ["μ", "θ", *ARMS, "DPG, (1)", "GDC++, (2)"]
+    on_models = gradient_pool.section(gradient_pool.raw_lines())
+    return f"{start}\n{table(head, rows)}\n{on_models}"
 
 
 def row(lines: list[dict], mu: float, theta: float) -> list[str]:
@@ -158,6 +162,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("".join(json.dumps(line | about) + "\n" for line in lines))
     draw(lines, ROOT / "docs" / "gradient_variance.png")
+    gradient_pool.draw(gradient_pool.raw_lines(), ROOT / "docs" / "gradient_pool.png")
     print(page(lines))
     print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)
 

@@ -17,7 +17,8 @@ samples, K(K−1)/2 (a pair and its mirror are one question), J-BOND about each 
 the anchor, and about these two, 2K + 1, and iterative BOND about each sample and k of the anchor,
 and about the first two of these.
 
-**The tiny language model.** wind.py and bond.py on their embedded default, 60 steps, five seeds.
+**The tiny language model.** wind.py and bond.py on their embedded default; its runs of WIND and
+J-BOND are those of `analyze.compare`.
 """
 
 import statistics
@@ -67,17 +68,17 @@ class Method(NamedTuple):
         return SAMPLES * self.anchors + 1
 
 
-STEP = f"--steps 60 --samples-per-prompt {SAMPLES}"
+EVERY = "--eval-every 10 --eval-prompts 128"
 METHODS = {
-    "WIND": Method("wind", {"beta": BETA}, STEP),
+    "WIND": Method("wind", {"beta": BETA}, EVERY),
     "WIND, kl": Method("wind", {"beta": BETA, "risk": "kl"}),
     "WIND, nce": Method("wind", {"beta": BETA, "risk": "nce"}),
-    "SPPO (β = 0)": Method("wind", {"beta": 0.0}, f"{STEP} --beta 0"),
-    "J-BOND": Method("bond", {}, STEP),
+    "SPPO (β = 0)": Method("wind", {"beta": 0.0}, f"--beta 0 {EVERY}"),
+    "J-BOND": Method("bond", {}, EVERY),
     "iterative BOND": Method(
         "bond",
         {"anchor": "copy", "anchor_samples": 4},
-        f"{STEP} --anchor copy --anchor-samples 4",
+        f"--anchor copy --anchor-samples 4 {EVERY}",
     ),
 }
 RUNS = [
@@ -391,7 +392,7 @@ def page() -> str:
         for goal in (NEAR, FAR_RATE)
         for head in (f"samples to {goal}", "KL there", "pairs asked")
     ]
-    return START.format(
+    bandit = START.format(
         contexts=CONTEXTS,
         arms=ARMS,
         seeds=len(SEEDS),
@@ -408,6 +409,71 @@ def page() -> str:
         asks=METHODS["WIND"].comparisons(),
         asks_bond=METHODS["J-BOND"].comparisons(),
     )
+    return bandit + tiny_part()
+
+
+TINY_START = """
+## The tiny language model
+
+`wind.py` and `bond.py` on their embedded default, 100 steps of 16 prompts, {seeds}; medians (least
+to largest). Raw lines: `analyze/results/wind_cost_tiny.jsonl`. WIND has its default β of {beta},
+KL is from the start model, and the win rate is by the reward model against the data set's own
+completions. Where a run first reaches {near} is read between evaluations, 10 steps apart; a sample
+is one call of the reward model, and CPU seconds are those of the whole process, start and
+evaluations included, in proportion to the steps.
+
+{table}
+
+{said}
+"""
+SAID = ""
+
+
+def tiny_part() -> str:
+    """What the page says of the language model: nothing before all methods have a run."""
+    lines, rows = sweep.read_results(TINY_RESULTS), []
+    names = [name for name, method in METHODS.items() if method.tiny]
+    own = {name: [line for line in lines if line["command"] in commands(name)] for name in names}
+    if not all(own.values()):
+        return ""
+    for name, runs in own.items():
+        ends = [run["curve"][-1] for run in runs]
+        row = [name, len(runs)]
+        row += [over_seeds([end[key] for end in ends], 2) for key in TINY_KEYS]
+        found = [tiny_cost(run, NEAR) for run in runs]
+        if all(found):
+            for key, digits in (("samples", 0), ("kl", 2), ("cpu_seconds", 0)):
+                row.append(over_seeds([at[key] for at in found], digits))
+        else:
+            row += ["not in all runs", "", ""]
+        rows.append([*row, over_seeds([run["cpu_seconds"] for run in runs], 0)])
+    head = ["method", "seeds", "win rate", "by gold", "KL, nats", f"samples to {NEAR}", "KL there"]
+    head += ["CPU seconds to there", "of the whole run"]
+    count = len(lines)
+    seeds = f"{len(SEEDS)} seeds" if count == len(RUNS) else f"{count} of {len(RUNS)} runs so far"
+    return TINY_START.format(
+        seeds=seeds, beta=wind.Args.beta, near=NEAR, table=table(head, rows), said=SAID
+    )
+
+
+TINY_KEYS = ("win_rate", "judge_win_rate", "kl")
+
+
+def commands(name: str) -> set[str]:
+    """Of a method's runs of the language model."""
+    return {run.command for run in RUNS if run.label == name}
+
+
+def tiny_cost(run: dict, goal: float) -> dict[str, float] | None:
+    """Samples, CPU seconds and KL where a run's win rate is first `goal`; None if it never is."""
+    curve = {key: [point[key] for point in run["curve"]] for key in ("step", "win_rate", "kl")}
+    step = reached(curve["step"], curve["win_rate"], goal)
+    if step is None:
+        return None
+    share = step / curve["step"][-1]
+    kl_there = reached(curve["kl"], curve["win_rate"], goal)
+    found = {key: share * run[key] for key in ("samples", "cpu_seconds")}
+    return found | {"kl": kl_there}
 
 
 def draw(path) -> None:
@@ -415,8 +481,12 @@ def draw(path) -> None:
     ref, rewards = world()
     star = equilibrium(ref, BETA)
     goal = {key: part.mean().item() for key, part in standing(star, ref, star, rewards).items()}
-    figure, axes = panels(1, 3, (14, 4.2))
-    for line, colour in zip(bandit_lines(), COLOURS):
+    tiny = sweep.read_results(TINY_RESULTS) if tiny_part() else []
+    rows = 2 if tiny else 1
+    figure, axes = panels(rows, 3, (14, 4.2 * rows))
+    colour_of = dict(zip(METHODS, COLOURS))
+    for line in bandit_lines():
+        colour = colour_of[line["method"]]
         middle = {
             key: torch.tensor(line[key]).median(0).values
             for key in ("win_rate", "kl", "kl_from_equilibrium")
@@ -435,6 +505,19 @@ def draw(path) -> None:
     axes[1].set(xlabel="KL(π‖π_ref), nats", ylabel="win rate over π_ref", title="bandit")
     axes[2].set(xlabel="samples per context", ylabel="KL(π*‖π), nats", title="bandit")
     axes[2].set(yscale="log")
+    for name in METHODS:
+        runs = [run for run in tiny if run["command"] in commands(name)]
+        for number, run in enumerate(runs):
+            style = {"color": colour_of[name], "lw": 1.5, "ms": 3}
+            style["label"] = name if number == 0 else None
+            y = [point["win_rate"] for point in run["curve"]]
+            share = [point["step"] / run["curve"][-1]["step"] for point in run["curve"]]
+            axes[3].plot([part * run["samples"] for part in share], y, "o-", **style)
+            axes[4].plot([point["kl"] for point in run["curve"]], y, "o-", **style)
+            axes[5].plot([part * run["cpu_seconds"] for part in share], y, "o-", **style)
+    for axis, label in zip(axes[3:], ("samples", "KL from the start model, nats", "CPU seconds")):
+        axis.set(xlabel=label, title="tiny language model")
+        axis.set_ylabel("win rate over the completions")
     for axis in axes:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -1381,6 +1381,27 @@ MUTANTS = [
         FRONT,
         "calls",
     ),
+    (
+        "analyze/gradient_pool.py",
+        "(m[0] - first) @ (m[1]",
+        "(m[0] - first) @ (m[0]",
+        ABLATION,
+        "pool",
+    ),
+    (
+        "analyze/gradient_pool.py",
+        "squares.mean() - mean",
+        "squares.mean() + mean",
+        ABLATION,
+        "pool",
+    ),
+    (
+        "analyze/gradient_pool.py",
+        "(gdc.log_weights(ref, rewards, drawn, beta) - log_z)",
+        "gdc.log_weights(ref, rewards, drawn, beta)",
+        ABLATION,
+        "pool",
+    ),
 ]
 
 

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from tables import expectation
+from tables import expectation, make_small_world
 
 import brain
-from analyze import ablation, wind_cost
+import common
+from analyze import ablation, gradient_pool, wind_cost
 from analyze.ablation import Setting, train
 from plumbing.report import read_lines
 
@@ -134,6 +135,97 @@ def test_when_a_curve_first_reaches_a_height():
     assert wind_cost.reached([0, 10, 20], [0.5, 0.7, 0.9], 0.8) == pytest.approx(15)
     assert wind_cost.reached([0, 10, 20], [0.5, 0.9, 0.7], 0.6) == pytest.approx(2.5)
     assert wind_cost.reached([0, 10], [0.5, 0.7], 0.8) is None
+
+
+def test_what_a_run_has_cost_where_its_win_rate_is_first_reached():
+    rates = ((0, 0.5, 0.0), (50, 0.7, 1.0), (100, 0.9, 2.0))
+    curve = [dict(zip(("step", "win_rate", "kl"), point)) for point in rates]
+    run = {"curve": curve, "samples": 1000, "cpu_seconds": 10.0}
+    found = wind_cost.tiny_cost(run, 0.8)
+    assert found == pytest.approx({"samples": 750, "cpu_seconds": 7.5, "kl": 1.5})
+    assert wind_cost.tiny_cost(run, 0.95) is None
+
+
+# ── gradients from a pool ──
+COUNTS = torch.tensor([10, 10, 8, 6, 4, 2])  # of the responses in the pool: what the proposal is
+
+
+def exact_pool() -> dict:
+    """A pool of one prompt in which six responses are as frequent as the proposal has them."""
+    generator = torch.Generator().manual_seed(3)
+    ref, rewards = torch.randn((2, 6), generator=generator, dtype=torch.float64)
+    ref = ref.log_softmax(0)
+    place = torch.arange(6).repeat_interleave(2 * COUNTS)  # so that both halves have them
+    gradients = torch.eye(6, dtype=torch.float64) - ref.exp()  # of log-probs by the logits
+    values = {"ref": ref, "rewards": rewards, "drawn": (COUNTS / 40).double().log()}
+    pool = {key: value[place][None] for key, value in values.items()}
+    return pool | {"gradients": gradients[place][None], "share": 0.5} | {"of": (values, gradients)}
+
+
+def test_means_and_variances_of_estimates_from_a_pool_by_enumeration(monkeypatch):
+    monkeypatch.setattr(gradient_pool, "SAMPLES", 2)
+    monkeypatch.setattr(gradient_pool, "REPETITIONS", 60_000)
+    pool, beta = exact_pool(), 0.7
+    values, gradients = pool["of"]
+    target = (values["ref"] + values["rewards"] / beta).log_softmax(0)
+    log_z = (values["ref"] + values["rewards"] / beta).logsumexp(0).item()
+    true = target.exp() - values["ref"].exp()  # −∇KL(T‖p) by the logits
+    for line in gradient_pool.measure(pool, pool, beta):
+
+        def estimate(picks, arm=line["arm"]):
+            weights = gradient_pool.sample_weights(arm, values, picks[None], beta, log_z)
+            return weights[0] @ gradients[picks]
+
+        mean = expectation(values["drawn"], 2, estimate)
+        square = expectation(values["drawn"], 2, lambda picks: estimate(picks).square().sum())
+        norm, off = true @ true, (mean - true).square().sum()
+        found = {key: line[key]["value"] for key in ("variance", "along", "bias2")}
+        assert found["variance"] == pytest.approx(((square - mean @ mean) / norm).item(), rel=0.05)
+        assert found["along"] == pytest.approx((mean @ true / norm).item(), abs=0.04)
+        assert found["bias2"] == pytest.approx((off / norm).item(), abs=0.03)
+        unbiased = line["arm"] in ("DPG", "GDC++")
+        assert off < 1e-12 if unbiased else off > 0.05 * norm, (line["arm"], off, norm)
+        kl = (values["drawn"].exp() * (values["drawn"] - target)).sum().item()
+        assert line["kl"] == pytest.approx(kl)
+
+
+def test_the_bias_is_without_the_error_of_small_pools(monkeypatch):
+    # DPG has none; the halves of a pool of 40 are each off by more than that.
+    monkeypatch.setattr(gradient_pool, "ARMS", ("DPG",))
+    pool = exact_pool()
+    picks = torch.randint(80, (150, 40), generator=torch.Generator().manual_seed(4))
+    pools = {key: pool[key][0][picks] for key in ("ref", "drawn", "rewards", "gradients")}
+    (line,) = gradient_pool.measure(pools | {"share": 0.5}, pools, beta=0.7)
+    assert line["bias2"]["low"] < 0 < line["bias2"]["high"]
+    assert line["along"]["value"] == pytest.approx(1, abs=0.1)
+    assert line["bias2"]["high"] - line["bias2"]["low"] < 0.15
+
+
+def test_the_projection_keeps_products():
+    first, second = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(1))
+    second = second + first
+    project = gradient_pool.Projection(20_000)
+    product = project(first) @ project(second)
+    assert product.item() == pytest.approx((first @ second).item(), rel=0.1)
+    torch.testing.assert_close(project(first + second), project(first) + project(second))
+
+
+def test_the_gradients_of_all_responses_cancel(tmp_path):
+    # Σ_y p(y) ∇log p(y) = 0, so a gradient that lacks a token or has one twice shows.
+    names = ("policy", "reward_model", "dataset", "max_prompt_tokens", "max_response_tokens")
+    world = make_small_world(tmp_path, responses=1)
+    args = brain.Args(**{name: world[name] for name in names})
+    run, tokenizer = common.Run(args, brain.__file__), common.load_tokenizer("", args.policy)
+    policy = common.load_policy(run, tokenizer)
+    prompts, _ = common.load_prompts(args, tokenizer)
+    batch = common.Batch(prompts[:1], [[[i] for i in range(len(tokenizer))]])
+    for which in ("all", "last"):
+        weights = gradient_pool.weights_of(policy, which)
+        project = gradient_pool.Projection(sum(weight.numel() for weight in weights))
+        logprobs, found = gradient_pool.gradients(policy, batch, weights, project)
+        assert logprobs.exp().sum() == pytest.approx(1, abs=1e-5)
+        total = logprobs[0].exp().float() @ found[0]
+        assert total.norm() < 1e-4 * found[0].norm(dim=1).max() and found[0].norm(dim=1).min() > 0
 
 
 # ── pages ──
