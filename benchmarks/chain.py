@@ -60,12 +60,10 @@ CHAINS = {
         "method": (
             "brain.py --policy runs/real/sft/final --reward-model runs/real/reward/final "
             "--dataset assets/real/reviews --template raw --prompts-per-step 8 "
-            "--max-response-tokens 24 --steps 30 --lr 1e-4 --beta 0.1 --refresh-every 4 "
-            "--eval-prompts 128 --eval-every 15 --save-every 30 --run-dir runs/real/brain"
+            "--max-response-tokens 24 --steps 15 --lr 1e-4 --beta 0.1 --refresh-every 4 "
+            "--eval-prompts 128 --eval-every 15 --save-every 15 --run-dir runs/real/brain"
         ),
-        "evaluate": (
-            "analyze.evaluate runs/real/brain --judge reward prepare.real:judge --best-of 8"
-        ),
+        "evaluate": "analyze.evaluate runs/real/brain --judge reward prepare.real:judge",
     },
 }
 LINKS = ("sft", "reward", "method", "evaluate")
