@@ -236,6 +236,7 @@ def chain_section(name: str) -> str:
         f"{about['threads']} thread, {about['cores']} {about['machine']} cores, torch "
         f"{about['torch']}, transformers {about['transformers']}; commit {', '.join(commits)}.\n",
     ]
+    parts += [f"`{x['link']}`: {x['note']}.\n" for x in lines.values() if "note" in x]
     if "evaluate" in lines:
         over = (
             "Against the data set's completions; intervals hold 95 % over the held-out prompts:\n"
