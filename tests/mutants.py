@@ -59,6 +59,7 @@ RECIPES = path_of("recipes")
 EVALUATE = path_of("evaluate")
 FRONT = path_of("front")
 ABLATION = path_of("ablation")
+DOCS = path_of("docs")
 COMPARE = path_of("compare")
 VIEW, COMPARISON = path_of("side_by_side"), path_of("comparison")
 CHECKS = {  # of tests/ranks.py, by words: two processes that ran all of them would take a minute
@@ -1322,6 +1323,22 @@ MUTANTS = [
     ),
     ("analyze/side_by_side.py", "begin + ends[0], other + ends[1]", "begin, other", VIEW, "pair"),
     ("analyze/side_by_side.py", "[*before, numbered[1]", "[numbered[1]", VIEW, "two_lines"),
+    # analyze/ranges.py and pages.py
+    (
+        "analyze/ranges.py",
+        "if i * steps < TENTHS * step",
+        "if i * steps <= TENTHS * step",
+        DOCS,
+        "by_hand",
+    ),
+    (
+        "analyze/ranges.py",
+        "if step > steps // TENTHS",
+        "if step >= steps // TENTHS",
+        DOCS,
+        "by_hand",
+    ),
+    ("analyze/pages.py", '["tenths"][-3:]', '["tenths"][:3]', DOCS, "generated"),
     # analyze/ablation.py and wind_cost.py
     (
         "analyze/ablation.py",

@@ -2,20 +2,26 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from models import make_world
 from tables import table
 
 import bond
 import brain
+import common
 import dpo
 import gdc
 import ppo
 import wind
+from analyze import pages, ranges
+from benchmarks import lessons
 
 ROOT = Path(brain.__file__).parent
 SCRIPTS = {script.__name__: script for script in (brain, gdc, dpo, wind, bond, ppo)}
@@ -29,7 +35,10 @@ HEADINGS = [
     "### Derived by us",
     "### Reported by others",
     "## Flags that matter and how to choose them",
+    "## Logged metrics and healthy ranges",
+    "## What breaks it and how that looks in the metrics",
     "## Results",
+    "## Exercises",
     "## References",
 ]
 HEADS = {  # of the tables that every page has
@@ -109,11 +118,9 @@ def test_flags_exist_and_have_the_defaults_of_the_table(name):
         assert (
             default == ("empty" if expected == "" else str(expected)) or float(default) == expected
         )
-    known = {
-        "--" + field.name.replace("_", "-")
-        for each in SCRIPTS.values()
-        for field in dataclasses.fields(each.Args)
-    }
+    parsed = [each.Args for each in (*SCRIPTS.values(), ranges, lessons)]
+    known = {field.name for args in parsed for field in dataclasses.fields(args)}
+    known = {"--" + name.replace("_", "-") for name in known}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGES[name])) <= known
 
 
@@ -586,3 +593,98 @@ def test_every_formula_is_executed(name):
             counts = [len(re.findall(rf"\\{mark}(?![a-z])", text)) for mark in (left, right)]
             assert counts[0] == counts[1], text
         assert r"\operatorname" not in text, "GitHub refuses it"
+
+
+# ── what runs showed ──
+def test_summary_of_a_log_by_hand():
+    """First value, mean of each tenth of the steps, extremes behind the first tenth; 4 digits."""
+    lines = [{"step": step, "loss": 10.0 - step, "time/sample_s": 1.0} for step in range(1, 21)]
+    lines[0]["eval/kl"] = 7.0
+    lines[19]["eval/kl"] = 1 / 3
+    kept = ranges.summary(lines)
+    assert list(kept) == ["loss", "eval/kl"]
+    assert kept["loss"]["first"] == 9
+    assert kept["loss"]["tenths"] == [8.5 - 2 * i for i in range(10)]
+    assert (kept["loss"]["least"], kept["loss"]["most"]) == (-10, 7)
+    assert kept["eval/kl"] == {
+        "first": 7,
+        "tenths": [7, *[None] * 8, 0.3333],
+        "least": 0.3333,
+        "most": 0.3333,
+    }
+
+
+@each_page
+def test_generated_parts_are_up_to_date(name):
+    """`python -m analyze.pages` leaves the page as it is."""
+    assert pages.filled(name) == PAGES[name]
+
+
+@each_page
+def test_ranges_have_all_metrics_that_a_run_logs(name):
+    """Of three seeds, of one commit, with every key but those that depend on the machine."""
+    runs = ranges.of_script(name)
+    assert [run["seed"] for run in runs] == [1, 2, 3]
+    assert len({json.dumps(list(run["metrics"])) for run in runs}) == 1
+    shown = set(
+        re.findall(
+            r"^\| `([\w/]+)` \|", section(name, "## Logged metrics and healthy ranges"), re.M
+        )
+    )
+    assert shown == set(runs[0]["metrics"])
+    own = [key for key in shown if key.split("/")[0] in (name, "weights", "logprob")]
+    assert set(pages.OWN[name]) <= set(own)
+
+
+@each_page
+def test_lessons_still_change_the_script(name):
+    """The text that a lesson makes wrong stands in the script; its flags are the script's."""
+    source = (ROOT / f"{name}.py").read_text()
+    for lesson in lessons.LESSONS[name]:
+        assert lesson.old in source and lesson.new != lesson.old or lesson.flags, lesson
+        common.parse_args(SCRIPTS[name].Args, lesson.flags.split())
+
+
+DIFFS = sorted(lessons.EXERCISES.glob("*.diff"))
+each_diff = pytest.mark.parametrize("diff", DIFFS, ids=[diff.stem for diff in DIFFS])
+
+
+def test_three_exercises_for_each_method():
+    assert [diff.stem for diff in DIFFS] == sorted(
+        f"{name}-{i}" for name in SCRIPTS for i in (1, 2, 3)
+    )
+
+
+@each_diff
+def test_an_exercise_applies(diff, tmp_path):
+    """To the script as it is; what comes out is Python, has the same flags, and is not the same."""
+    name = diff.stem.split("-")[0]
+    path = lessons.changed(str(tmp_path), name, diff)
+    compile(path.read_text(), str(path), "exec")
+    assert path.read_text() != (ROOT / f"{name}.py").read_text()
+    assert max(map(len, path.read_text().splitlines())) <= 100
+    common.parse_args(SCRIPTS[name].Args, lessons.flags_of(diff).split())
+
+
+@pytest.mark.slow
+@each_diff
+def test_an_exercise_runs(diff, tmp_path):
+    """Two steps on small random models, with finite metrics that are not all the script's own."""
+    name = diff.stem.split("-")[0]
+    world = vars(make_world(tmp_path / "world"))
+    logs = []
+    for path in (ROOT / f"{name}.py", lessons.changed(str(tmp_path), name, diff)):
+        module = runpy.run_path(str(path), run_name=name)
+        args = common.parse_args(module["Args"], lessons.flags_of(diff).split())
+        known = {field.name for field in dataclasses.fields(args)}
+        folder = tmp_path / f"run-{len(logs)}"
+        flags = {key: value for key, value in world.items() if key in known and key != "beta"}
+        often = {key: 1 for key in ("refresh_every", "test_every") if key in known}
+        args = dataclasses.replace(args, **flags | often | {"steps": 2, "run_dir": str(folder)})
+        module["main"](args)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    assert len(logs[1]) == 3
+    assert all(math.isfinite(value) for line in logs[1] for value in line.values())
+    keys = [key for key in logs[0][1] if not key.startswith(("time/", "tokens_per_s", "memory/"))]
+    assert any(logs[0][i][key] != logs[1][i][key] for i in (1, 2) for key in keys)
