@@ -48,12 +48,12 @@ TINY = {  # label: script, flags
     "J-BOND": ("bond", EVERY),
     "PPO": ("ppo", EVERY),
     "RLOO": ("ppo", f"--advantage rloo {EVERY}"),
+    "DPO, pairs of the data set": ("dpo", f"--pairs dataset {OFTEN}"),
     "SLiC": ("dpo", f"--loss slic {OFTEN}"),
     "BOND, fixed anchor, N 4": (
         "bond",
         f"--anchor fixed --best-of 4 --anchor-samples 8 {EVERY}",
     ),
-    "DPO, pairs of the data set": ("dpo", f"--pairs dataset {OFTEN}"),
     "DPG, proposal SFT": ("gdc", f"--baseline none --normalizer running --proposal sft {EVERY}"),
     "GDC++": ("gdc", f"--normalizer running {EVERY}"),
     "online DPO": ("dpo", f"--pairs policy {OFTEN}"),

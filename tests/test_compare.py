@@ -254,6 +254,7 @@ def claim(*holds: bool | None, derived: bool = False) -> claims.Claim:
         ((True, False), "partly"),
         ((False, False), "not"),
         ((True, None), "open"),
+        ((True, False, None), "partly"),
         ((False, None), "open"),
         ((), "open"),
     ],
