@@ -209,18 +209,17 @@ def page() -> str:
     ]
     if best:
         parts += ["**Best of N** samples of the SFT model by the reward model:", best_table(best)]
+    parts += ["## SmolLM2-135M on real text", f"{progress_of('real', real)} so far. {REAL}"]
     if real:
         world = WORLDS["real"]
         parts += [
-            "## SmolLM2-135M on real text",
-            f"{progress_of('real', real)} ({where_from(real)}).",
-            REAL,
+            f"({where_from(real)})",
             defaults_table(real, list(world.arms)),
             "Where a run first reaches a KL:",
             matched_table(real, list(world.arms), best_real, world.budgets),
         ]
-        if best_real:
-            parts += ["Best of N:", best_table(best_real)]
+    if best_real:
+        parts += ["Best of N:", best_table(best_real)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -236,12 +235,11 @@ could not be read, so experiments are ours. The embedded model is tiny: a claim 
 parameters that fails here is not refuted, it is not reproduced in this setting."""
 FIGURE = """A line is the mean over a method's seeds (their number: in brackets), at every tenth
 step of a run (of DPO: every fourth), with a mark at its end."""
-REAL = """Movie reviews are to go on positively ([what was made and how](real.md)). Here policy and
-reward model are the quickly made ones (`python -m prepare.real --sft-reviews 0 --reward-reviews
-2560`), a run has 12 steps of 8 prompts × 8 samples, and no flag was tuned. The judge is an
-independent encoder with a ridge regression on people's ratings. Two seeds at most: their intervals,
-where two can give any, are very wide, so this table says that the scripts work on a real model and
-no more."""
+REAL = """Made by `python -m analyze.compare --world real`, where movie reviews are to go on
+positively ([the task](real.md)): policy and reward model are the quickly made ones
+(`python -m prepare.real --sft-reviews 0 --reward-reviews 2560`), a run has 12 steps of 8 prompts ×
+8 samples, no flag is tuned, and the judge is an encoder with a ridge regression on people's
+ratings. Two seeds say that the scripts work on a real model and hardly more."""
 
 
 def main(args: Args) -> None:

@@ -361,7 +361,7 @@ def test_the_blocks_of_the_readme_are_made_of_the_raw_lines():
 
 
 def test_a_text_that_explains_another_verdict_is_not_shown(monkeypatch):
-    monkeypatch.setitem(claims.WHY, "game", ("partly", "Because."))
+    monkeypatch.setitem(claims.WHY, "game", ({"partly"}, "Because."))
     assert claim(True, False).why == "Because."
     assert claim(True, True).why.startswith("More runs have changed")
     assert claim(None).why == "Runs are missing."
