@@ -100,11 +100,16 @@ def test_ctrl_c_drops_what_is_under_way_and_keeps_what_is_finished(checkout, mon
     folders.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folders))
     runs = [Planned("a", "brain", flags, 1) for flags in ("--beta 1", "--sleep 60")]
-    usual = signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C, in a second
-    signal.setitimer(signal.ITIMER_REAL, 1)
+    usual = signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C
+
+    def judge(samples: list[dict]) -> dict:  # called when the first run has ended
+        signal.setitimer(signal.ITIMER_REAL, 1.5)
+        return {}
+
+    before = f"sh -c '\"$@\"; exit $?' {checkout}"
     try:
         with pytest.raises(SystemExit) as stopped:
-            sweep.sweep(runs, path, jobs=1, before=f"sh -c '\"$@\"; exit $?' {checkout}")
+            sweep.sweep(runs, path, judge, jobs=1, before=before)
     finally:
         signal.signal(signal.SIGALRM, usual)
     assert stopped.value.code == 130 and "1 under way are dropped" in capsys.readouterr().out
