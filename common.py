@@ -488,7 +488,7 @@ class Decoding:
 
     def __post_init__(self):
         self.drawn = torch.zeros_like(self.u, dtype=torch.long)  # [T, P · N], the tokens
-        self.logprobs = torch.zeros_like(self.u, dtype=torch.float)  # [T, P · N], theirs
+        self.logprobs = torch.zeros(self.u.shape, device=self.u.device)  # [T, P · N], theirs
 
 
 def _leave(rows: Decoding, going: Tensor, t: int) -> bool:
