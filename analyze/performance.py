@@ -288,6 +288,27 @@ def fed_tokens() -> str:
     )
 
 
+def decoding() -> str:
+    """Section on what a decoding pass costs a GPU."""
+    lines = read("decoding", "model", "dtype")
+    keys = ["kernels_per_layer", "kernels_outside", "weight_casts", "moved", "waits_per_token"]
+    keys += ["waits_per_step", "fresh_shapes"]
+    rows = [[x["model"], x["dtype"]] + [f"{x[key]:g}" for key in keys] for x in lines]
+    head = ["model", "dtype", "kernels per layer", "outside of layers", "weights cast or copied"]
+    head += ["moved by casts and copies, of the floor", "waits per token", "waits per step"]
+    return (
+        "\n## What a decoding pass costs a GPU, counted\n\n`python -m benchmarks.decoding`: "
+        "brain.py on a GPU that is pretended on a CPU, 2 prompts of 64 tokens with 8 responses of "
+        "24, random weights of width 256. The floor is every matrix in bfloat16 and the cache, "
+        "read once; of the rest that is moved most is the logits, 8,000 words here, which become "
+        "float32. A wait is the host's for the device; in a step, those of sampling, rewards, "
+        "log-probs and update.\n\n"
+        + table([*head, "fresh shapes of attention per pass"], rows)
+        + "\n\n"
+        + where(lines)
+    )
+
+
 def draw() -> None:
     """docs/step_time.png: phases of a step, ours beside TRL's."""
     import matplotlib
@@ -315,7 +336,7 @@ def draw() -> None:
 
 def page() -> str:
     """The whole of docs/performance.md."""
-    parts = [dpo_steps, online_steps, against_disco, generation, fed_tokens]
+    parts = [dpo_steps, online_steps, against_disco, generation, fed_tokens, decoding]
     parts += [default_runs, profile, growth, limit, levers]
     return HEAD + "".join(part() for part in parts)
 

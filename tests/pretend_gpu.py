@@ -172,9 +172,11 @@ class Device:
             setattr(common, name, self.named(name, getattr(common, name)))
         for name in METHODS:
             setattr(common.Run, name, self.named(name, getattr(common.Run, name)))
-        forward = self.named("forward", common.logprobs_and_entropy)
-        plain = common.logprobs_and_entropy
-        common.logprobs_and_entropy = lambda *x: (forward if torch.is_grad_enabled() else plain)(*x)
+        plain = common.token_logprobs_and_entropy
+        forward = self.named("forward", plain)
+        common.token_logprobs_and_entropy = lambda *x: (
+            forward if torch.is_grad_enabled() else plain
+        )(*x)
         torch.Tensor.backward = self.named("backward", torch.Tensor.backward)
         torch.nn.utils.clip_grad_norm_ = self.named("clip", torch.nn.utils.clip_grad_norm_)
         torch.optim.AdamW.step = self.named("AdamW", torch.optim.AdamW.step)
