@@ -63,7 +63,7 @@ CHAINS = {
             "--max-response-tokens 24 --steps 15 --lr 1e-4 --beta 0.1 --refresh-every 4 "
             "--eval-prompts 128 --eval-every 15 --save-every 15 --run-dir runs/real/brain"
         ),
-        "evaluate": "analyze.evaluate runs/real/brain --judge reward prepare.real:judge",
+        "evaluate": "analyze.evaluate runs/real/brain --judge prepare.real:judge",
     },
 }
 LINKS = ("sft", "reward", "method", "evaluate")

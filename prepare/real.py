@@ -34,7 +34,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -402,8 +402,8 @@ def write_reward(policy: Path, reviews: list[Review], count: int, out: Path) -> 
 # ── judge ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def judge(prompts: list[str], responses: list[str], folder: str = "judge") -> list[float]:
-    """How positive a person would find each review, -4 to 4."""
+def rate(prompts: list[str], responses: list[str], folder: str) -> list[float]:
+    """How positive a person would find each review, -4 to 4, by the judge in a folder."""
     encoder, tokenizer, ridge = load_judge(ROOT / "assets/real" / folder)
     prompts = [prompt.removeprefix(LEAD).lstrip() for prompt in prompts]  # it has read none
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
@@ -411,7 +411,15 @@ def judge(prompts: list[str], responses: list[str], folder: str = "judge") -> li
     return (layer @ ridge["weight"] + ridge["bias"]).tolist()
 
 
-gemma_judge = partial(judge, folder="gemma")
+# Two parameters each: to a third one --judge and --reward-model give the data set's completions.
+def judge(prompts: list[str], responses: list[str]) -> list[float]:
+    """Ratings by the encoder."""
+    return rate(prompts, responses, "judge")
+
+
+def gemma_judge(prompts: list[str], responses: list[str]) -> list[float]:
+    """Ratings by Gemma."""
+    return rate(prompts, responses, "gemma")
 
 
 @cache
