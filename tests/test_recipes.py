@@ -20,7 +20,7 @@ from analyze import hours, judges, recipes
 from analyze.memory import Batch, Llama, Setup
 from benchmarks import chain
 from plumbing import models as loading
-from prepare import parts
+from prepare import parts, real
 
 ROOT = Path(brain.__file__).parent
 PAGE = ROOT / "docs" / "recipes.md"
@@ -179,8 +179,15 @@ def test_hours_add_up():
 
 
 # ── judges and rewards ──
-def test_a_judge_serves_as_reward_and_a_reward_as_judge(tmp_path):
-    """By the same names: functions, and the gold score."""
+def test_a_judge_serves_as_reward_and_a_reward_as_judge(tmp_path, monkeypatch):
+    """By the same names: functions, the judge of real texts among them, and the gold score."""
+    fitted = {"layer": torch.tensor(0), "weight": torch.ones(1), "bias": torch.tensor(0.5)}
+    monkeypatch.setattr(real, "load_judge", lambda folder: (None, None, fitted))
+
+    def lengths(encoder, tokenizer, texts):
+        return torch.tensor([[[float(len(text))] for text in texts]])
+
+    monkeypatch.setattr(real, "features", lengths)
     file = tmp_path / "mine.py"
     file.write_text("def count(prompts, responses): return [float(len(r)) for r in responses]\n")
     flags = brain.Args(steps=1, prompts_per_step=2, eval_prompts=2)
@@ -193,6 +200,8 @@ def test_a_judge_serves_as_reward_and_a_reward_as_judge(tmp_path):
     for reward_name, judge_name in (
         ("analyze.judges:gold_scores", "tiny"),
         (f"{file}:count", f"{file}:count"),
+        ("prepare.real:judge", "prepare.real:judge"),
+        ("prepare.real:gemma_judge", "prepare.real:gemma_judge"),
     ):
         run.args = replace(flags, reward_model=reward_name)
         rewards = common.score(common.load_reward_model(run, policy, tokenizer), batch)
