@@ -231,6 +231,25 @@ def test_listed_commands_are_run_by_whom_the_list_says():
             ), command
 
 
+def target_of(command: str) -> str:
+    """The file, module or tool that a command starts."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        return next(word for word in words if word.endswith(".py"))
+    return words[2] if words[1:2] == ["-m"] else words[1] if words[0] == "python" else words[0]
+
+
+def test_every_command_is_listed():
+    """What a page says, and what can be started in analyze/, benchmarks/ and prepare/."""
+    listed = {target_of(command) for command, *_ in listed_commands()}
+    found = {target_of(x) for page in TODAY for x in commands_of(page.read_text())}
+    for path in [x for folder in shared_code.FOLDERS for x in (ROOT / folder).glob("*.py")]:
+        if '__name__ == "__main__"' in path.read_text():
+            found.add(f"{path.parent.name}.{path.stem}")
+    rows = [f"| `python -m {name}` | by hand | not measured |" for name in sorted(found - listed)]
+    assert not rows, "add to docs/commands.md:\n" + "\n".join(rows)
+
+
 # ── numbers ──
 @pytest.mark.parametrize("name", ["README.md", "docs/shared_code.md"])
 def test_generated_parts_are_up_to_date(name):
