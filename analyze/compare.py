@@ -217,12 +217,13 @@ def of_best(lines: list[dict], budget: float, key: str) -> list[float]:
 
 
 def shown(values: list[float], digits: int = 2) -> str:
-    """Mean ± half of the interval, of one value per seed."""
+    """Mean ± half of the interval, of one value per seed; of two seeds the mean alone, as Student's
+    interval of two says next to nothing."""
     if not values:
         return ""
     found = over_seeds(values)
     text = f"{found['value']:.{digits}f}"
-    if len(values) > 1:
+    if len(values) > 2:
         text += f" ± {found['high'] - found['value']:.{digits}f}"
     return text
 
