@@ -188,7 +188,7 @@ def larger(says: str, values: list[float], digits: int = 2, least: float = 0.0) 
     """Whether the mean of one value per seed is above `least`; 3 seeds are the fewest that can say
     so."""
     if len(values) < 3:
-        return Check(f"{says}: seeds so far: {len(values)}", None)
+        return Check(f"{says}: fewer than 3 seeds so far", None)
     text = f"{says}: {with_interval(values, digits)}, {len(values)} seeds"
     return Check(text, over_seeds(values)["low"] > least)
 
@@ -196,7 +196,7 @@ def larger(says: str, values: list[float], digits: int = 2, least: float = 0.0) 
 def as_large(says: str, values: list[float], margin: float) -> Check:
     """Whether the mean of one value per seed is within ±margin."""
     if len(values) < 3:
-        return Check(f"{says}: seeds so far: {len(values)}", None)
+        return Check(f"{says}: fewer than 3 seeds so far", None)
     found = over_seeds(values)
     text = f"{says}: {with_interval(values)}, {len(values)} seeds"
     return Check(text, -margin < found["low"] and found["high"] < margin)
