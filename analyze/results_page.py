@@ -154,9 +154,10 @@ def results_block(lines: list[dict]) -> str:
     head = ["", "method", "win rate by the reward model", "by gold", "KL, nats"]
     text = table([*head, f"by gold at {budget:g} nats", "seeds"], rows)
     return (
-        f"{text}\n\nMeans ± half of the 95 % interval over the seeds, by the scripts' defaults; "
-        f"{progress_of('tiny', lines)} so far. The claims of the papers, one by one, with what we "
-        "find: [docs/results.md](docs/results.md)."
+        f"{text}\n\nMeans ± half of the 95 % interval over the seeds, with the flags in "
+        "[docs/results.md](docs/results.md#the-embedded-problem) and else the scripts' defaults, "
+        f"by 128 held-out prompts; {progress_of('tiny', lines)} so far. The claims of the papers, one "
+        "by one, with what we find: [docs/results.md](docs/results.md)."
     )
 
 
@@ -232,7 +233,9 @@ and the abstract of WIND with that of BOND beside it) that is about results. A v
 the checks by the rule that `analyze/claims.py` states, and is computed: ✓ holds, ✗ does not.
 Differences are between runs of the same seed, with 95 % intervals. The bodies of BRAIn and WIND
 could not be read, so experiments are ours. The embedded model is tiny: a claim about billions of
-parameters that fails here is not refuted, it is not reproduced in this setting."""
+parameters that fails here is not refuted, it is not reproduced in this setting. No correction is
+made for the number of checks, and what was chosen after first runs stands in `analyze/claims.py`:
+the KL at which methods are compared, and how often DPO is evaluated."""
 FIGURE = """A line is the mean over a method's seeds (their number: in brackets), at every tenth
 step of a run (of DPO: every fourth), with a mark at its end."""
 REAL = """Made by `python -m analyze.compare --world real`, where movie reviews are to go on
