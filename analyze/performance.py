@@ -294,6 +294,13 @@ def decoding() -> str:
     keys = ["kernels_per_layer", "kernels_outside", "weight_casts", "moved", "waits_per_token"]
     keys += ["waits_per_step", "fresh_shapes"]
     rows = [[x["model"], x["dtype"]] + [f"{x[key]:g}" for key in keys] for x in lines]
+    larger = [
+        f"{x['model']}, {x['dtype']}: "
+        + " and ".join(
+            f"{layers * x['kernels_per_layer'] + x['kernels_outside']:,.0f}" for layers in (16, 32)
+        )
+        for x in lines
+    ]
     head = ["model", "dtype", "kernels per layer", "outside of layers", "weights cast or copied"]
     head += ["moved by casts and copies, of the floor", "waits per token", "waits per step"]
     return (
@@ -304,8 +311,9 @@ def decoding() -> str:
         "float32. A wait is the host's for the device; in a step, those of sampling, rewards, "
         "log-probs and update.\n\n"
         + table([*head, "fresh shapes of attention per pass"], rows)
-        + "\n\n"
-        + where(lines)
+        + "\n\nExtrapolated per layer, the kernels of a pass with 16 layers (a Llama of 1B) and "
+        f"with 32 (8B): {'; '.join(larger)}. The share of the floor falls with the width, as "
+        "weights grow with its square and activations do not.\n\n" + where(lines)
     )
 
 

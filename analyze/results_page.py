@@ -153,11 +153,12 @@ def results_block(lines: list[dict]) -> str:
         rows.append([f"`{runs[0]['script']}.py`", label, *cells])
     head = ["", "method", "win rate by the reward model", "by gold", "KL, nats"]
     text = table([*head, f"by gold at {budget:g} nats", "seeds"], rows)
+    flags = "[docs/results.md](docs/results.md#the-embedded-problem)"
     return (
-        f"{text}\n\nMeans ± half of the 95 % interval over the seeds, with the flags in "
-        "[docs/results.md](docs/results.md#the-embedded-problem) and else the scripts' defaults, "
-        f"by 128 held-out prompts; {progress_of('tiny', lines)} so far. The claims of the papers, one "
-        "by one, with what we find: [docs/results.md](docs/results.md)."
+        f"{text}\n\nMeans ± half of the 95 % interval over the seeds, with the flags in {flags}, "
+        "and else the scripts' defaults, by 128 held-out prompts; "
+        f"{progress_of('tiny', lines)} so far. The claims of the papers, one by one, with what we "
+        "find: [docs/results.md](docs/results.md)."
     )
 
 
