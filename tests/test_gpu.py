@@ -77,8 +77,8 @@ PLANTS = {
     ),
     "end tokens made on the CPU": (
         "common.py",
-        "ends = torch.tensor(model.end_tokens, device=device)",
-        "ends = torch.tensor(model.end_tokens)",
+        "torch.tensor(model.end_tokens, device=device)",
+        "torch.tensor(model.end_tokens)",
         "all tensors to be on the same device",
     ),
     "a model that is not moved": (
@@ -252,6 +252,12 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
     assert comparable(tmp_path / "whole") == comparable(tmp_path / "cut")
     ours, theirs = (weights_of(tmp_path / name) for name in ("whole", "cut"))
     assert all(same(ours[name], theirs[name]) for name in ("policy", "proposal", "optimizer"))
+
+
+def test_the_places_of_the_planted_mistakes_exist():
+    """The test below is slow: a change of the code should hear of it at once."""
+    for file, old, _, _ in PLANTS.values():
+        assert (ROOT / file).read_text().count(old) == 1, (file, old)
 
 
 @pytest.mark.slow
