@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from plumbing.check import choose_graph, choose_rows, require_single_texts
 from plumbing.data import (
     Layout,
     Prompt,
@@ -51,7 +52,7 @@ from plumbing.models import (
     load_tokenizer,
     shard,
 )
-from plumbing.run import Run, explained, parse_args, require, seed_of
+from plumbing.run import Run, parse_args, require, seed_of
 
 __all__ = [
     "Run",
@@ -66,7 +67,6 @@ __all__ = [
 CHUNK = 2**22  # logits in one chunk of the vocabulary head, 16 MiB
 GPU_CHUNK = 2**27  # the same on a GPU, 512 MiB: each chunk reads, casts and adds the head's weights
 MOST_LOGITS = 2**25  # kept for the backward pass, 128 MiB; of more, none is kept
-MISTAKE = 1 / 3  # of the effect of an unseen token: what bfloat16 may differ by
 DRAWN = 8  # prompts sampled for at once, per prompt of --micro-batch: no activations are kept
 MOST_ENDED = 0.25  # of the responses being sampled: as many must have ended for them to leave
 
@@ -96,10 +96,12 @@ class Batch:
 
     def beside(self, other: "Batch") -> "Batch":
         """The same prompts with the responses of both batches."""
-        pairs = zip(self.responses, other.responses)
+        responses = [ours + theirs for ours, theirs in zip(self.responses, other.responses)]
         sampled = [self.sampled_logprobs, other.sampled_logprobs]
-        logprobs = None if any(part is None for part in sampled) else torch.cat(sampled, dim=1)
-        return Batch(self.prompts, [ours + theirs for ours, theirs in pairs], logprobs)
+        logprobs = None
+        if all(part is not None for part in sampled):
+            logprobs = torch.cat(sampled, dim=1)
+        return Batch(self.prompts, responses, logprobs)
 
     def choose(self, which: Tensor) -> "Batch":
         """The responses with the indices `which` [P, K], in that order."""
@@ -149,8 +151,8 @@ def up_to_end(ids: list[int], end_tokens: list[int]) -> list[int]:
 def micro_batches(count: int, size: int, first: int = 0) -> list[slice]:
     """Slices of at most `size` prompts that cover `count` prompts from `first` on; size 0 = all at
     once."""
-    end = first + count
-    return [slice(i, min(i + (size or count), end)) for i in range(first, end, size or count)]
+    size, end = size or count, first + count
+    return [slice(i, min(i + size, end)) for i in range(first, end, size)]
 
 
 def require_finite(values: Tensor, what: str, batch: Batch, advice: str = "") -> None:
@@ -445,8 +447,8 @@ def _sample(model: Model, prompts: list[Prompt], u: Tensor, temperature: float) 
     segment = torch.cat([segment, response.expand(len(tokens), -1)], 1)
     position = torch.cat([position, position[:, -1:] + place], 1)
 
-    u, which = u.flatten(1), torch.arange(count * n, device=device).view(-1, width)
-    rows = Decoding(model, temperature, cache, first, u, which, segment, position)
+    which = torch.arange(count * n, device=device).view(-1, width)
+    rows = Decoding(model, temperature, cache, first, u.flatten(1), which, segment, position)
     _draw_next(rows, states)
     running = torch.ones(count * n, dtype=torch.bool, device=device)
     ends, step = torch.tensor(model.end_tokens, device=device), _make_step(rows)
@@ -499,7 +501,8 @@ def _leave(rows: Decoding, going: Tensor, t: int) -> bool:
     most = (1 - MOST_ENDED) * going.numel()  # to be fed
     if going.sum() > most:
         return False
-    stay, before, width = going.any(1).nonzero()[:, 0], going.shape[1], int(going.sum(1).max())
+    stay = going.any(1).nonzero()[:, 0]
+    before, width = going.shape[1], int(going.sum(1).max())
     if len(stay) * width > most:
         return False
     kept = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :width]
@@ -523,8 +526,10 @@ def _make_step(rows: Decoding) -> Callable[[], None]:
     from plumbing.cache import Recorded
 
     if not rows.model.cuda_graph:
-        # Without a window each token's mask is the last one's, cut where its own slots end.
-        rows.mask = None if rows.model.window else _mask(rows, slice(-rows.which.shape[1], None))
+        rows.mask = None
+        if not rows.model.window:  # each token's is the last one's, cut where its own slots end
+            last = slice(-rows.which.shape[1], None)
+            rows.mask = _mask(rows, last)
         return partial(_growing_step, rows)
     rows.t = torch.tensor([rows.t], device=rows.u.device)
     return Recorded(partial(_static_step, rows))
@@ -568,17 +573,11 @@ def _draw_next(rows: Decoding, states: Tensor) -> None:
 
 def _prompt_rows(model: Model, prompts: list[Prompt], copies: int) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, segment, position) [R, L] of each prompt `copies` times, padded on the left."""
-    tokens, segment, position = [], [], []
-    for prompt in prompts:
-        length = len(prompt.tokens)
-        tokens += [prompt.tokens] * copies
-        segment += [[0] * length] * copies
-        position += [list(range(length))] * copies
-    return (
-        _pad(tokens, 0, model.device, left=True),
-        _pad(segment, -1, model.device, left=True),
-        _pad(position, 0, model.device, left=True),
-    )
+    pad = partial(_pad, device=model.device, left=True)
+    rows = [prompt.tokens for prompt in prompts for _ in range(copies)]
+    segment = [[0] * len(row) for row in rows]
+    position = [list(range(len(row))) for row in rows]
+    return pad(rows, 0), pad(segment, -1), pad(position, 0)
 
 
 def _draw(logits: Tensor, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -732,16 +731,16 @@ def _rewards_by_function(reward_model: RewardModel, batch: Batch) -> Tensor:
     return torch.tensor(rewards, dtype=torch.float32).view(len(batch.prompts), -1)
 
 
-# ── Loading, with the check that a model reads rows as we feed them ───────────────────────────────
+# ── Loading ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_policy(run: Run, tokenizer) -> Model:
     """The model of --policy, whole: `shard` spreads it once its copies are made."""
     end_token = policy_layout(run.args, tokenizer).end_token()
     policy = load_causal_lm(run.args, tokenizer, end_token, run.device)
-    _choose_rows("--policy", run.args.policy, policy)
+    choose_rows("--policy", run.args.policy, policy, _tried)
     if run.args.cuda_graph:
-        _choose_graph(run.args.policy, policy)
+        choose_graph(run.args.policy, policy, _tried)
     policy.mixed = run.device.type == "cuda" and run.args.dtype != "float32"
     policy.most_prompts = DRAWN * run.args.micro_batch
     return policy
@@ -751,7 +750,7 @@ def load_value_model(run: Run, policy: Model, tokenizer, name: str) -> Model:
     """The classifier `name`, to be trained, or the policy's own body with a head of zeros."""
     value = load_critic(run.args, policy, tokenizer, name)
     if name:
-        _choose_rows("--value-model", name, value)
+        choose_rows("--value-model", name, value, _tried)
     value.mixed = policy.mixed
     return shard(value)
 
@@ -766,11 +765,12 @@ def load_reward_model(run: Run, policy: Model, policy_tokenizer) -> RewardModel:
         return reward_model
     model, layout = load_classifier(run.args, run.device), reward_layout(run.args)
     if model.scores_tokens:
-        _choose_rows(flag, name, model)
+        choose_rows(flag, name, model, _tried)
     else:
-        with explained(f"{flag} {name}"):
-            gap = _pairs_gap(model, layout)
-        require(gap < 1e-3, f"{flag} {name}: scores a batch unlike single texts, off by {gap:.1e}")
+        one = [Prompt("One", [])]
+        require_single_texts(
+            flag, name, lambda texts: _rewards_of_pairs(model, layout, one, [texts])
+        )
     probe = "One, two."  # the same words split in the same way
     reward_model.same_tokens = (
         layout.tokenizer.get_vocab() == policy_tokenizer.get_vocab()
@@ -781,108 +781,18 @@ def load_reward_model(run: Run, policy: Model, policy_tokenizer) -> RewardModel:
     return reward_model
 
 
-@torch.no_grad()
-def _choose_rows(flag: str, name: str, model: Model) -> None:
-    """Feeds the model shared rows if they give the numbers of single rows, else plain rows.
+def _tried(
+    model: Model, prompts: list[Prompt], responses: list[list[list[int]]]
+) -> tuple[list[list[list[int]]], Tensor]:
+    """What the check at load compares: responses and their numbers.
 
-    It must pass with one of the two, or the run ends.
+    Of a classifier the rewards [P, N] of `responses`. Of a language model log-probs [2, P, N] of
+    others: as they were drawn, through the cache, and as they are recomputed.
     """
-    ids = _some_tokens(model)
-    with explained(f"{flag} {name}"):
-        logits = _own_logits(model, ids[:8])
-    require(logits.isfinite().all(), f"{flag} {name}: its weights give NaN or infinity")
-    for model.shared_rows, model.own_head in ((True, False), (False, False), (False, True)):
-        try:
-            gap, allowed = _gap(model, ids)
-            problem = f"off by {gap:.1e}"
-        except torch.OutOfMemoryError:
-            raise  # says nothing about the model
-        except Exception as error:  # a model raises what it likes at a mask it does not know
-            gap, allowed, problem = float("inf"), 0.0, f"{type(error).__name__} {error}"
-        if gap <= allowed:
-            return
-        if model.shared_rows:
-            print(f"{flag} {name}: no shared rows ({problem:.200}); a prompt is computed N times")
-    kind = type(model.module).__name__
-    fed = "when it is fed a batch or its cache"
-    message = f"{flag} {name}: a {kind} does not give the numbers of single rows {fed} ({problem})"
-    require(False, message)
-
-
-@torch.no_grad()
-def _choose_graph(name: str, policy: Model) -> None:
-    """Lets sampling record its decoding step, or ends the run where the model does not allow it."""
-    what = f"--cuda-graph: --policy {name}"
-    require(
-        policy.shared_rows, f"{what} takes no shared rows, whose shapes are fixed; leave it out"
-    )
-    policy.cuda_graph = True
-    with explained(f"{what} cannot be recorded, leave it out"):
-        gap, allowed = _gap(policy, _some_tokens(policy))
-    require(gap <= allowed, f"{what} samples otherwise, off by {gap:.1e}; leave it out")
-
-
-def _some_tokens(model: Model) -> list[int]:
-    """Tokens that are not padding, to try a model with."""
-    vocabulary, pad = model.config.vocab_size, getattr(model.config, "pad_token_id", None)
-    return [i for i in (k * k % vocabulary for k in range(5, 60)) if i != pad]
-
-
-def _gap(model: Model, ids: list[int]) -> tuple[float, float]:
-    """How far a model's numbers are from those of single rows, and how far they may be, on two
-    prompts of unlike length.
-
-    The numbers are rewards; or log-probs, as they were drawn through the cache and as they are
-    recomputed. In float32 they differ by rounding. In bfloat16 other kernels round otherwise, by an
-    amount that grows with the model: so the mean difference is compared with that of a mistake made
-    on purpose, a token of the prompt that no response sees.
-    """
-    prompts = [Prompt("", ids[:5]), Prompt("", ids[5:8])]
-    if model.end_tokens:
-        batch = sample(model, prompts, n=4, max_tokens=4, temperature=1.0, seed=0)
-        ours = torch.stack([batch.sampled_logprobs, logprobs(model, batch, 1.0)])
-    else:
-        responses = [ids[8:12], ids[12:14]]
-        batch = Batch(prompts, [responses, responses[::-1]])
-        ours = _rewards(model, batch)
-    alone = _alone(model, batch)
-    gaps = (ours - alone).abs()
-    if model.module.dtype == torch.float32:
-        return gaps.max().item(), 1e-3
-    shorter = [Prompt("", prompt.tokens[:1] + prompt.tokens[2:]) for prompt in prompts]
-    mistake = (_alone(model, Batch(shorter, batch.responses)) - alone).abs()
-    return gaps.mean().item(), MISTAKE * mistake.mean().item()
-
-
-def _alone(model: Model, batch: Batch) -> Tensor:
-    """The log-probs or rewards [P, N] that the model itself gives to rows of one response each."""
-    numbers = []
-    for prompt, responses in zip(batch.prompts, batch.responses):
-        for response in responses:
-            logits = _own_logits(model, prompt.tokens + response)
-            number = logits[-1]
-            if model.end_tokens:
-                steps = F.log_softmax(logits[len(prompt.tokens) - 1 : -1], dim=-1)
-                number = sum(steps[place, token] for place, token in enumerate(response))
-            numbers.append(number)
-    return torch.stack(numbers).view(len(batch.prompts), -1)
-
-
-def _own_logits(model: Model, row: list[int]) -> Tensor:
-    """The logits [S, V], or the reward [1], that the model itself gives to a row of tokens."""
-    rough = model.module.dtype == torch.bfloat16
-    # A reward model's last layer may be float32 where all else is bfloat16: autocast joins them.
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=rough):
-        return model.module(torch.tensor([row], device=model.device)).logits[0].float()
-
-
-@torch.no_grad()
-def _pairs_gap(model: Model, layout: Layout) -> float:
-    """How far rewards of two unlike responses in one batch are from those of each alone."""
-    texts = ["Two.", "Two, three and four."]
-    rewards = _rewards_of_pairs(model, layout, [Prompt("One", [])], [texts])
-    alone = [_rewards_of_pairs(model, layout, [Prompt("One", [])], [[text]]) for text in texts]
-    return (rewards - torch.cat(alone, 1)).abs().max().item()
+    if not model.end_tokens:
+        return responses, _rewards(model, Batch(prompts, responses))
+    batch = sample(model, prompts, n=4, max_tokens=4, temperature=1.0, seed=0)
+    return batch.responses, torch.stack([batch.sampled_logprobs, logprobs(model, batch, 1.0)])
 
 
 # ── The step size ─────────────────────────────────────────────────────────────────────────────────
@@ -911,21 +821,17 @@ def score_references(
 
     It prints what both models read of the first.
     """
-    tokenizer, most_tokens = reward_model.policy_tokenizer, run.args.max_response_tokens
-    first = encode_responses(
-        tokenizer, policy, prompts[:1], [[prompts[0].reference or ""]], most_tokens
-    )
+    tokenizer, layout = reward_model.policy_tokenizer, reward_model.layout
+    encode = partial(encode_responses, tokenizer, policy, max_tokens=run.args.max_response_tokens)
+    first = encode(prompts[:1], [[prompts[0].reference or ""]])
     _say_input("--policy", tokenizer, first)
-    if reward_model.layout:
-        _say_input(
-            "--reward-model", reward_model.layout.tokenizer, _as_read_by(reward_model, first)
-        )
+    if layout:
+        _say_input("--reward-model", layout.tokenizer, _as_read_by(reward_model, first))
     if any(prompt.reference is None for prompt in prompts):
         return prompts
     scored = []
     for rows in micro_batches(len(prompts), 2 * run.args.prompts_per_step):
-        texts = [[prompt.reference] for prompt in prompts[rows]]
-        batch = encode_responses(tokenizer, policy, prompts[rows], texts, most_tokens)
+        batch = encode(prompts[rows], [[prompt.reference] for prompt in prompts[rows]])
         rewards = score(reward_model, batch, run.args.micro_batch)[:, 0].tolist()
         scored += [replace(p, reference_reward=reward) for p, reward in zip(prompts[rows], rewards)]
     return scored
@@ -1013,20 +919,17 @@ def say_effective_samples(rewards: Tensor, flag: str, temperature: float) -> Non
     """Prints how many of the first samples count in a target exp(r / τ), of rewards r [P, N] and
     the τ of `flag`, and which τ would leave half of them: 1 / Σ weight², mean over the prompts."""
     n = rewards.shape[1]
-
-    def left(temperature: float) -> float:
-        weights = torch.softmax(rewards.double() / temperature, dim=1)
-        return (1 / weights.square().sum(1)).mean().item()
-
     spread = rewards.std(1, correction=0).mean().item()
     if spread == 0:
         print(f"reward/std 0: all samples of a prompt have the same reward, whatever {flag}")
         return
-    least, most = 1e-3 * spread, 1e3 * spread
-    for _ in range(40):  # bisection: the larger τ, the more are left
-        middle = math.sqrt(least * most)
-        least, most = (middle, most) if left(middle) < n / 2 else (least, middle)
+    # From a thousandth to a thousand times the spread, in steps of 1 %, and the τ in use.
+    grid = spread * torch.logspace(-3, 3, 1_400, dtype=torch.float64)
+    tried = torch.cat([grid.new_tensor([temperature]), grid])
+    weights = torch.softmax(rewards.double().cpu() / tried[:, None, None], dim=2)  # [τ, P, N]
+    left = (1 / weights.square().sum(2)).mean(1)  # the larger τ, the more are left
+    half = 1 + int((left[1:] < n / 2).sum())
     print(
-        f"reward/std {spread:.3g}: {flag} {temperature} leaves {left(temperature):.1f} of {n} "
-        f"samples, {flag} {most:.2g} would leave {left(most):.1f}"
+        f"reward/std {spread:.3g}: {flag} {temperature} leaves {left[0]:.1f} of {n} samples, "
+        f"{flag} {tried[half]:.2g} would leave {left[half]:.1f}"
     )

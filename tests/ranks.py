@@ -200,7 +200,7 @@ def train(script, args, before_step=lambda count: None, precision=in_float64) ->
         patched(torch.nn.utils, "clip_grad_norm_", record),
         patched(common, "sample", sample),
         patched(common.Run, "open", open_),
-        patched(common, "_choose_rows", lambda *_: None),
+        patched(common, "choose_rows", lambda *_: None),
         precision(),
     ):
         result = script.main(args)

@@ -107,7 +107,7 @@ def test_an_architecture_gives_the_numbers_of_a_naive_loop(name, capsys):
     """Log-probs of given responses, and of samples as they were drawn through the cache."""
     architecture, config, shared = CASES[name]
     model = make(architecture, **config)
-    common._choose_rows("--policy", name, model)
+    common.choose_rows("--policy", name, model, common._tried)
     assert model.shared_rows == shared and model.own_head == (name == "falcon_h1")
     assert ("no shared rows" in capsys.readouterr().out) == (not shared)
     prompts = make_prompts(*PROMPTS)
@@ -128,7 +128,7 @@ def test_a_configuration_may_not_know_a_pad_token():
     """As CodeGen's, which has no such name."""
     model = make("codegen", **CASES["codegen"][1])
     del model.config.pad_token_id
-    common._choose_rows("--policy", "codegen", model)
+    common.choose_rows("--policy", "codegen", model, common._tried)
     assert model.shared_rows
 
 

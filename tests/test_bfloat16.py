@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import brain
 import common
+from plumbing import check
 from plumbing import models as loading
 from plumbing import run as running
 
@@ -65,9 +66,9 @@ def test_the_check_at_load_passes_another_kernels_rounding(architecture, spread,
     GPT-2 are, stand in steps of a half in bfloat16."""
     model = make_model(architecture, 2000, **shape_of(architecture))
     add_noise(with_logits(model, spread, offset))
-    common._choose_rows("--policy", "x", model)
+    common.choose_rows("--policy", "x", model, common._tried)
     assert model.shared_rows and not capsys.readouterr().out
-    gap, allowed = common._gap(model, list(range(5, 60)))
+    gap, allowed = check._gap(model, common._tried)
     assert 0 < gap < allowed  # it was rounding that passed
 
 
@@ -94,7 +95,7 @@ def test_the_check_at_load_finds_a_wrong_mask_in_bfloat16(labels, mistake, capsy
         return mask(model, segment, *more)
 
     monkeypatch.setattr(common, "_attention_mask", wrong)
-    common._choose_rows("--policy", "x", model)
+    common.choose_rows("--policy", "x", model, common._tried)
     assert not model.shared_rows
     said = "no shared rows (ValueError unknown" if mistake == "raises" else "no shared rows (off by"
     assert said in capsys.readouterr().out
@@ -107,7 +108,7 @@ def test_a_model_that_fits_no_rows_is_an_error_in_bfloat16_too(capsys):
     forward = model.module.transformer.forward
     model.module.transformer.forward = lambda input_ids, **_: forward(input_ids)
     with pytest.raises(SystemExit):
-        common._choose_rows("--policy", "x", model)
+        common.choose_rows("--policy", "x", model, common._tried)
     assert "does not give the numbers of single rows" in capsys.readouterr().err
 
 
@@ -115,7 +116,7 @@ def test_a_reward_model_whose_last_layer_alone_is_float32_passes(capsys):
     """As it is loaded on a GPU; its own forward pass does not join the two."""
     model = make_model("llama", 2000, labels=1, **shape_of("llama"))
     model.module.to(torch.bfloat16).score.float()
-    common._choose_rows("--reward-model", "x", model)
+    common.choose_rows("--reward-model", "x", model, common._tried)
     assert model.shared_rows and not capsys.readouterr().out
 
 
@@ -138,7 +139,7 @@ def test_a_full_gpu_says_nothing_about_a_model(call, capsys, monkeypatch):
     if call == 2:
         monkeypatch.setattr(model.module.base_model, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        common._choose_rows("--policy", "x", model)
+        common.choose_rows("--policy", "x", model, common._tried)
     assert not capsys.readouterr().out
 
 
@@ -171,7 +172,7 @@ def test_micro_batch_bounds_all_passes(tmp_path, monkeypatch):
             return inner(model, batch, *more)
 
         monkeypatch.setattr(common, name, watched)
-    monkeypatch.setattr(common, "_choose_rows", lambda *_: None)
+    monkeypatch.setattr(common, "choose_rows", lambda *_: None)
     brain.main(args)
     assert sampled == [8, 8, 4] + [8, 4] + [8, 8, 4]
     assert set(others) == {1}

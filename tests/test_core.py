@@ -366,13 +366,13 @@ def test_a_response_is_cut_where_the_reward_models_context_ends():
 def test_all_architectures_take_shared_rows(architecture, capsys):
     """As policy, and as reward model where transformers has a classifier."""
     model = make_model(architecture)
-    common._choose_rows("--policy", "x", model)
+    common.choose_rows("--policy", "x", model, common._tried)
     assert model.shared_rows and not capsys.readouterr().out
     try:
         classifier = make_model(architecture, labels=1)
     except ValueError:
         pytest.skip("transformers has no classifier of this architecture")
-    common._choose_rows("--reward-model", "x", classifier)
+    common.choose_rows("--reward-model", "x", classifier, common._tried)
     assert classifier.shared_rows
 
 
@@ -390,7 +390,7 @@ def test_a_model_that_ignores_a_4d_mask_falls_back_to_plain_rows(capsys):
         )
 
     model.module.model.forward = deaf
-    common._choose_rows("--policy", "x", model)
+    common.choose_rows("--policy", "x", model, common._tried)
     assert not model.shared_rows
     assert capsys.readouterr().out.startswith("--policy x: no shared rows (off by")
     expected = naive(make_model("llama"), PROMPTS[0], RESPONSES[0][0])[0]
@@ -405,7 +405,7 @@ def test_a_model_that_fits_neither_kind_of_row_is_an_error(capsys):
     forward = model.module.transformer.forward
     model.module.transformer.forward = lambda input_ids, **_: forward(input_ids)
     with pytest.raises(SystemExit) as stop:
-        common._choose_rows("--policy", "x", model)
+        common.choose_rows("--policy", "x", model, common._tried)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "does not give the numbers of single rows" in error
 

@@ -11,7 +11,7 @@ from models import ARCHITECTURES, make_model, make_prompts, make_world
 
 import brain
 import common
-from plumbing import cache
+from plumbing import cache, check
 
 PROMPTS = make_prompts([5, 6, 7, 8], [9, 10], [11, 3, 4], [12])
 
@@ -118,11 +118,11 @@ def test_a_model_that_cannot_be_recorded_is_refused(replayed, capsys, monkeypatc
 
     def refused(model) -> str:
         with pytest.raises(SystemExit):
-            common._choose_graph("own", model)
+            common.choose_graph("own", model, common._tried)
         return capsys.readouterr().err
 
     model = make_model("llama")
-    common._choose_graph("own", model)
+    common.choose_graph("own", model, common._tried)
     assert model.cuda_graph and len(replayed) == 1
     model.shared_rows = False
     assert refused(model) == (
@@ -135,7 +135,7 @@ def test_a_model_that_cannot_be_recorded_is_refused(replayed, capsys, monkeypatc
     assert refused(asking).startswith(
         "error: --cuda-graph: --policy own cannot be recorded, leave it out: operation not permitted"
     )
-    monkeypatch.setattr(common, "_gap", lambda *_: (0.5, 1e-3))
+    monkeypatch.setattr(check, "_gap", lambda *_: (0.5, 1e-3))
     assert refused(make_model("llama")) == (
         "error: --cuda-graph: --policy own samples otherwise, off by 5.0e-01; leave it out\n"
     )

@@ -558,7 +558,7 @@ def test_a_bad_judge_ends_in_one_line_before_anything_is_sampled(
     run, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(common, "sample", None)  # of use to the check at load, and then no more
-    monkeypatch.setattr(common, "_choose_rows", lambda *_: None)
+    monkeypatch.setattr(common, "choose_rows", lambda *_: None)
     out = {"out": str(tmp_path / "out")}
     said = refusal(capsys, run, judge=("llm:nowhere",), **out)
     assert "--judge llm:nowhere: no such folder of a model" in said

@@ -222,9 +222,12 @@ def test_slic_trains_on_the_references(world, tmp_path):
 def test_pairs_of_the_dataset_reach_the_batch(world, tmp_path, monkeypatch):
     """Chosen first, rejected second, each closed by the end token and cut at the most tokens."""
     seen, original = [], common.encode_responses
-    monkeypatch.setattr(
-        common, "encode_responses", lambda *x: seen.append((x[3], original(*x))) or seen[-1][1]
-    )
+
+    def encode_responses(*x, **named):
+        seen.append((x[3], original(*x, **named)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(common, "encode_responses", encode_responses)
     train(
         dpo,
         world,

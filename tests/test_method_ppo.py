@@ -424,13 +424,13 @@ def test_the_gradient_of_a_step_is_that_of_the_tokens_mean(world, tmp_path, monk
 def test_a_value_model_of_ones_own(world, tmp_path, monkeypatch):
     """A classifier is where the value starts from, once it is checked how it is to be fed; without
     one the value is 0 at first."""
-    seen, original, checked, choose = [], ppo.gae, [], common._choose_rows
+    seen, original, checked, choose = [], ppo.gae, [], common.choose_rows
 
-    def choose_rows(flag, name, model):
+    def choose_rows(flag, name, model, read):
         checked.append(flag)
-        choose(flag, name, model)
+        choose(flag, name, model, read)
 
-    monkeypatch.setattr(common, "_choose_rows", choose_rows)
+    monkeypatch.setattr(common, "choose_rows", choose_rows)
     advantages, losses, value_loss = [], [], ppo.value_loss
 
     def gae(rewards, values, gae_lambda):
@@ -460,10 +460,10 @@ def test_a_value_reads_plain_rows_where_the_policy_does(world, tmp_path, monkeyp
         seen.append(model.shared_rows)
         return original(model, *more)
 
-    def choose_rows(flag, name, model):
+    def choose_rows(flag, name, model, read):
         model.shared_rows = flag != "--policy"
 
-    monkeypatch.setattr(common, "_choose_rows", choose_rows)
+    monkeypatch.setattr(common, "choose_rows", choose_rows)
     monkeypatch.setattr(common, "token_values", token_values)
     train(ppo, world, tmp_path / "run", steps=1)
     assert seen and not any(seen)

@@ -266,7 +266,7 @@ def test_phase_times_and_tokens_a_second_are_those_of_the_wall_clock(script, tmp
     )
     if script == "gdc":
         args.check_every = 9
-    monkeypatch.setattr(common, "_choose_rows", lambda *_: None)
+    monkeypatch.setattr(common, "choose_rows", lambda *_: None)
     monkeypatch.setattr(common, "evaluate", lambda *_: ({"eval/reward": 0.0}, []))
     monkeypatch.setattr(common, "score_references", lambda judge, policy, prompts, size: prompts)
     monkeypatch.setattr(report, "show_samples", lambda folder: None)
