@@ -512,8 +512,8 @@ MUTANTS = [
     ),
     (
         "common.py",
-        "None if rows.model.window else _mask",
-        "_mask",
+        "if not rows.model.window:",
+        "if True:",
         CORE,
         "bug08",
     ),
@@ -645,8 +645,8 @@ MUTANTS = [
     ("common.py", "parameters) > 2:", "parameters) > 3:", LAYOUT, "function_gives"),
     (
         "common.py",
-        "prompts[rows], texts, most_tokens)",
-        "prompts[rows], texts, 99)",
+        "max_tokens=run.args.max_response_tokens)",
+        "max_tokens=99)",
         LAYOUT,
         "d1_ref",
     ),
