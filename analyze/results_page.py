@@ -240,10 +240,10 @@ the KL at which methods are compared, and how often DPO is evaluated."""
 FIGURE = """A line is the mean over a method's seeds (their number: in brackets), at every tenth
 step of a run (of DPO: every fourth), with a mark at its end."""
 REAL = """Made by `python -m analyze.compare --world real`, where movie reviews are to go on
-positively ([the task](real.md)): policy and reward model are the quickly made ones
-(`python -m prepare.real --sft-reviews 0 --reward-reviews 2560`), a run has 12 steps of 8 prompts ×
-8 samples, no flag is tuned, and the judge is an encoder with a ridge regression on people's
-ratings. Two seeds say that the scripts work on a real model and hardly more."""
+positively ([the task](real.md)): policy and reward model are those of `python -m prepare.real`, a
+run has 12 steps of 8 prompts × 8 samples, no flag is tuned, and the judge is an encoder with a
+ridge regression on people's ratings. Two seeds say that the scripts work on a real model and hardly
+more."""
 
 
 def main(args: Args) -> None:
