@@ -414,7 +414,8 @@ def sample(
     holds the log-probs of the responses as they were drawn. How many prompts are sampled for at
     once changes nothing but rounding.
     """
-    device, shape = model.device, (max_tokens, len(prompts), n)
+    device = model.device
+    shape = (max_tokens, len(prompts), n)
     generator = torch.Generator(device).manual_seed(seed)
     u = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)  # in [0, 1)
     with gathered(model):
@@ -433,7 +434,8 @@ def _sample(model: Model, prompts: list[Prompt], u: Tensor, temperature: float) 
     """
     from plumbing.cache import make_cache  # late, as it imports transformers
 
-    device, (max_tokens, count, n) = model.device, u.shape
+    device = model.device
+    max_tokens, count, n = u.shape
     first = max(len(prompt.tokens) for prompt in prompts)
     width = _row_width(model, first, max_tokens / 2, n)  # a row fills up as it goes
     tokens, segment, position = _prompt_rows(model, prompts, n // width)  # [R, L]
@@ -451,7 +453,8 @@ def _sample(model: Model, prompts: list[Prompt], u: Tensor, temperature: float) 
     rows = Decoding(model, temperature, cache, first, u.flatten(1), which, segment, position)
     _draw_next(rows, states)
     running = torch.ones(count * n, dtype=torch.bool, device=device)
-    ends, step = torch.tensor(model.end_tokens, device=device), _make_step(rows)
+    ends = torch.tensor(model.end_tokens, device=device)
+    step = _make_step(rows)
     for t in range(1, max_tokens):
         # Asking a GPU how many have ended stalls it: ask at every eighth token.
         if device.type == "cpu" or t % 8 == 0:
@@ -716,12 +719,14 @@ def _rewards_of_pairs(
 
 def _rewards_by_function(reward_model: RewardModel, batch: Batch) -> Tensor:
     """Rewards [P, N] of a Python function, called with a list entry per response: the prompts as
-    the data set has them, the texts of the responses and, if it has a third parameter, the data
+    the data set has them, the texts of the responses and, if it needs a third argument, the data
     set's own completions."""
     texts = _texts(reward_model, batch)
     prompts = [prompt for prompt, group in zip(batch.prompts, texts) for _ in group]
     inputs = [[prompt.source for prompt in prompts], [text for group in texts for text in group]]
-    if len(inspect.signature(reward_model.function).parameters) > 2:
+    parameters = inspect.signature(reward_model.function).parameters.values()
+    needed = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    if len(needed) > 2:
         inputs.append([prompt.reference for prompt in prompts])
     rewards = reward_model.function(*inputs)
     require(
@@ -767,10 +772,8 @@ def load_reward_model(run: Run, policy: Model, policy_tokenizer) -> RewardModel:
     if model.scores_tokens:
         choose_rows(flag, name, model, _tried)
     else:
-        one = [Prompt("One", [])]
-        require_single_texts(
-            flag, name, lambda texts: _rewards_of_pairs(model, layout, one, [texts])
-        )
+        rewards = partial(_rewards_of_pairs, model, layout, [Prompt("One", [])])
+        require_single_texts(flag, name, rewards)
     probe = "One, two."  # the same words split in the same way
     reward_model.same_tokens = (
         layout.tokenizer.get_vocab() == policy_tokenizer.get_vocab()

@@ -62,12 +62,15 @@ def choose_graph(name: str, policy: Model, read: Read) -> None:
 
 
 @torch.no_grad()
-def require_single_texts(flag: str, name: str, rewards: Callable[[list[str]], Tensor]) -> None:
-    """Ends the run if a classifier of texts gives a batch of two other rewards than to each."""
+def require_single_texts(flag: str, name: str, rewards: Callable[[list], Tensor]) -> None:
+    """Ends the run if a classifier of texts gives a batch of two other rewards than to each.
+
+    `rewards` gives [1, N], of texts [1][N].
+    """
     texts = ["Two.", "Two, three and four."]
     with explained(f"{flag} {name}"):
-        alone = torch.cat([rewards([text]) for text in texts], 1)
-        gap = (rewards(texts) - alone).abs().max().item()
+        alone = torch.cat([rewards([[text]]) for text in texts], 1)
+        gap = (rewards([texts]) - alone).abs().max().item()
     require(gap < 1e-3, f"{flag} {name}: scores a batch unlike single texts, off by {gap:.1e}")
 
 

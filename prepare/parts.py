@@ -84,6 +84,21 @@ def with_score(policy: common.Model) -> common.Model:
     return policy
 
 
+def pad_apart(tokenizer, model: common.Model) -> None:
+    """Gives tokenizer and classifier a pad token that ends no response.
+
+    transformers' own classifiers read the last token that is no padding: where the end token pads
+    as well, they would miss it, and read the one before. Where no other special token is left the
+    classifier has none, and transformers then refuses more than one row at a time.
+    """
+    names, ids = tokenizer.all_special_tokens, tokenizer.all_special_ids
+    apart = [name for name, i in zip(names, ids) if i not in model.end_tokens]
+    if apart and tokenizer.pad_token not in apart:
+        tokenizer.pad_token = apart[0]
+    pad = tokenizer.pad_token_id if apart else None
+    model.module.config.get_text_config().pad_token_id = pad
+
+
 def calibration(preferred: Tensor) -> dict[str, float]:
     """Whether probabilities mean what they say: the table of P(y_w ≻ y_l) of pairs, [pairs].
 

@@ -33,7 +33,15 @@ from torch import Tensor
 
 import common
 from plumbing.data import Prompt, policy_layout
-from prepare.parts import batch_of, calibration, say_calibration, share, usable_pairs, with_score
+from prepare.parts import (
+    batch_of,
+    calibration,
+    pad_apart,
+    say_calibration,
+    share,
+    usable_pairs,
+    with_score,
+)
 
 
 @dataclass
@@ -167,6 +175,7 @@ def main(args: Args) -> dict[str, float]:
     train_prompts = usable_pairs(args.dataset, train_prompts, "training")
     held_out = sorted(usable_pairs(args.dataset, held_out, "held-out"), key=length)
     model = with_score(common.load_policy(run, tokenizer))
+    pad_apart(tokenizer, model)
     layout = policy_layout(args, tokenizer)
     reward_model = common.RewardModel(
         tokenizer, model.end_tokens, run.device, model=model, layout=layout, same_tokens=True

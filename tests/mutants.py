@@ -642,7 +642,7 @@ MUTANTS = [
     ("common.py", "reward_model.missing_eos_penalty * was_cut", "0", LAYOUT, "d1_a_response"),
     ("common.py", "was_cut = ~batch.ended", "was_cut = batch.ended", LAYOUT, "d1_a_response"),
     ("common.py", "padding=True,", "padding=True, padding_side='left',", LAYOUT, "encoder"),
-    ("common.py", "parameters) > 2:", "parameters) > 3:", LAYOUT, "function_gives"),
+    ("common.py", "len(needed) > 2:", "len(needed) > 3:", LAYOUT, "function_gives"),
     (
         "common.py",
         "max_tokens=run.args.max_response_tokens)",
@@ -706,6 +706,15 @@ MUTANTS = [
     # plumbing
     ("plumbing/models.py", "torch.nn.init.zeros_(module.score.weight)", "pass", PPO, "ones_own"),
     ("plumbing/models.py", "require(same, f", "require(True, f", PPO, "does_not_fit"),
+    (
+        "common.py",
+        "if parameter.default is parameter.empty]",
+        "]",
+        LAYOUT,
+        "gives_the_rewards",
+    ),
+    ("prepare/reward.py", "    pad_apart(tokenizer, model)", "    pass", PREPARE, "own_pooling"),
+    ("plumbing/check.py", "require(gap < 1e-3, f", "require(True, f", LAYOUT, "unlike_single"),
     ("plumbing/models.py", "model.shared_rows = policy.shared_rows", "pass", PPO, "plain_rows"),
     (
         "plumbing/models.py",

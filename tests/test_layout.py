@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers
 
 import brain
 import common
+from plumbing import check
 from plumbing.data import Layout, decode_behind, encode_behind
 
 USER = {"role": "user", "content": "film"}
@@ -292,6 +293,20 @@ def test_an_encoder_scores_a_pair_of_texts_by_its_own_head(kind, tmp_path):
     assert rewards.std() > 1e-3
 
 
+def test_a_classifier_that_scores_a_batch_unlike_single_texts_is_refused(capsys):
+    """As one that reads the padding of the shorter text."""
+
+    def longest(texts):
+        (group,) = texts
+        return torch.full((1, len(group)), float(max(map(len, group))))
+
+    check.require_single_texts("--reward-model", "x", lambda texts: torch.ones(1, len(texts[0])))
+    with pytest.raises(SystemExit):
+        check.require_single_texts("--reward-model", "x", longest)
+    error = capsys.readouterr().err
+    assert error.startswith("error: --reward-model x: scores a batch unlike single texts, off by")
+
+
 def test_a_function_gives_the_rewards(tmp_path):
     """A file's function of the data set's prompts and of texts; the loop trains by it."""
     (tmp_path / "judge.py").write_text(
@@ -299,14 +314,16 @@ def test_a_function_gives_the_rewards(tmp_path):
         "    assert all(isinstance(prompt, str) for prompt in prompts)\n"
         "    return [float(response.split().count('good')) for response in responses]\n\n\n"
         "def same(prompts, responses, references):\n"
-        "    return [float(one.strip() == two) for one, two in zip(responses, references)]\n"
+        "    return [float(one.strip() == two) for one, two in zip(responses, references)]\n\n\n"
+        "def weighed(prompts, responses, weight=3.0):\n"
+        "    return [weight * len(response.split()) for response in responses]\n"
     )
     own = word_tokenizer(WORDS)
     good, bad, eos = own.convert_tokens_to_ids(["good", "bad", "<eos>"])
     prompt = common.Prompt("film", own("film")["input_ids"], reference="good")
     batch = common.Batch([prompt], [[[good, good, eos], [bad, eos], [good, eos]]])
     policy, cpu = make_model("llama", len(own)), torch.device("cpu")
-    for name, expected in (("count", [2, 0, 1]), ("same", [0, 0, 1])):
+    for name, expected in (("count", [2, 0, 1]), ("same", [0, 0, 1]), ("weighed", [6, 3, 3])):
         args = brain.Args(reward_model=f"{tmp_path}/judge.py:{name}")
         judge = common.load_reward_model(SimpleNamespace(args=args, device=cpu), policy, own)
         assert common.score(judge, batch).tolist() == [expected]

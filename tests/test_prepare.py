@@ -305,6 +305,35 @@ def test_final_scores_as_in_training_by_common_score(world, tmp_path, lora_rank)
     torch.testing.assert_close(common.score(judge, batch), trained, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("special, pad", [({}, "<pad>"), ({"pad_token": "<eos>"}, "<unk>")])
+def test_transformers_own_pooling_reads_the_same_token(world, tmp_path, special, pad):
+    """final/ in others' hands: right-padded rows of unlike length, closed by an end token. A base
+    whose end token pads as well gets another pad token."""
+    tokenizer = word_tokenizer(**special)
+    save(tmp_path / "base", make_model("llama", len(tokenizer)), tokenizer)
+    run(reward, world, tmp_path / "run", policy=str(tmp_path / "base"), lr=0.03)
+    final = str(tmp_path / "run" / "final")
+    samples = [s for s in read_log(tmp_path / "run" / "samples.jsonl") if s["step"] == 4]
+    texts = [f"{s['prompt']} {s['response']} <eos>" for s in samples]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(final)
+    assert tokenizer.pad_token == pad
+    rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    assert (rows["attention_mask"] == 0).any()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(final)
+    theirs = model(**rows).logits[:, 0]
+    ours = torch.tensor([s["reward"] for s in samples])
+    torch.testing.assert_close(theirs.detach(), ours, atol=1e-4, rtol=0)
+
+
+def test_without_another_special_token_transformers_takes_one_row_at_a_time():
+    """It would read the token before the end token of a padded row, and says so instead."""
+    tokenizer = word_tokenizer(pad_token="<eos>", unk_token=None)
+    model = parts.with_score(make_model("llama"))
+    parts.pad_apart(tokenizer, model)
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        model.module(torch.tensor([[5, 6, 1], [7, 1, 1]]))
+
+
 @pytest.mark.parametrize("shared_rows, own_head", [(True, False), (False, False), (False, True)])
 def test_a_fresh_score_is_0_and_belongs_to_the_body_of_the_policy(shared_rows, own_head):
     """The three ways to feed a policy; the same states, the score's weights times them."""

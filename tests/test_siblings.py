@@ -71,7 +71,7 @@ BUDGETS = {  # CONTRIBUTING.md and docs/shared_code.md quote these
     "lines of a docstring": 35,
     "differing lines": 110,
     "differing lines of ppo.py": 120,
-    "code lines of common.py": 614,
+    "code lines of common.py": 617,
     "code lines of plumbing/": 1167,
     "tokens per line": 12,
     "lines of a function": 60,
