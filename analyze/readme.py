@@ -11,7 +11,7 @@ import contextlib
 import io
 import re
 
-from analyze import default_runs, differences
+from analyze import differences
 from analyze.tables import ROOT, read, table
 
 # The idea in at most ten words, the target, the papers, the state of the implementation.
@@ -181,7 +181,6 @@ def page() -> str:
     parts = {
         "methods": methods(),
         "differences": printed(differences.main),
-        "default runs": printed(default_runs.main),
         "ratios": ratios(),
         "features": features(),
     }
