@@ -525,6 +525,7 @@ def draw(path) -> None:
         axis.set_ylabel("win rate over the completions")
     for axis in axes:
         axis.legend(fontsize=8)
+        axis.locator_params(axis="x", nbins=6)  # numbers of five digits need room
     figure.savefig(path, dpi=110)
 
 
