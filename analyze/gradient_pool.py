@@ -289,7 +289,7 @@ start model, an estimate has {samples} responses of one prompt, and Z is estimat
 for DPG and GDC++, which know it. The variance is summed over the weights, in units of |G|²; along
 is the mean's component in the direction of G, in units of |G|, where 1 is without bias; bias²
 counts all directions. An estimate of it may fall below 0. Each has a 95 % interval, by bootstrap
-over the prompts.
+over the prompts. Where the pools are too small to tell |G|² from 0, nothing is resolved.
 
 ![variance and mean of the estimates](gradient_pool.png)
 """
@@ -349,9 +349,16 @@ variance of several |G|², the gradient of one prompt is mostly noise for all of
 """
 
 
+def resolved(line: dict) -> bool:
+    """Whether |G|² of (3), by which all is divided, is surely above 0: a variance is."""
+    return line["variance"]["low"] > 0
+
+
 def cells(line: dict) -> list[str]:
     """Value (interval) of variance, along and squared bias."""
     digits = {"variance": 2, "along": 2, "bias2": 3}
+    if not resolved(line):
+        return ["not resolved"] * len(digits)
     return [
         "{value:.{d}f} ({low:.{d}f} to {high:.{d}f})".format(d=d, **line[key])
         for key, d in digits.items()
@@ -368,9 +375,10 @@ def draw(lines: list[dict], path) -> None:
     figure, axes = panels(2, len(sweeps), (4.6 * len(sweeps), 7))
     for column, ((world, by), arms) in enumerate(sweeps.items()):
         for place, (arm, colour) in enumerate(zip(arms, COLOURS)):
-            x = numpy.array([line["kl"] for line in arms[arm]]) * (1 + 0.015 * (place - 2))
+            shown = [line for line in arms[arm] if resolved(line)]
+            x = numpy.array([line["kl"] for line in shown]) * (1 + 0.015 * (place - 2))
             for row, key in enumerate(("variance", "along")):
-                found = [line[key] for line in arms[arm]]
+                found = [line[key] for line in shown]
                 y, low, high = (
                     numpy.array([part[name] for part in found]) for name in ("value", "low", "high")
                 )

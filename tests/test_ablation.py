@@ -201,6 +201,23 @@ def test_the_bias_is_without_the_error_of_small_pools(monkeypatch):
     assert line["bias2"]["high"] - line["bias2"]["low"] < 0.15
 
 
+def test_a_gradient_that_is_not_told_from_0_is_not_resolved(tmp_path):
+    """Ratios to it are in neither the table nor the picture; those of other targets are."""
+    found = {"value": 2.0, "low": 1.5, "high": 3.0}
+    line = {"variance": found, "along": found, "bias2": found}
+    assert gradient_pool.cells(line)[:2] == ["2.00 (1.50 to 3.00)"] * 2
+    unknown = line | {"variance": {"value": -700.0, "low": -2500.0, "high": 2200.0}}
+    assert gradient_pool.cells(unknown) == ["not resolved"] * 3
+    about = {"world": "real", "share": 0.0, "prompts": 4, "pool": 9}
+    lines = [
+        about | part | {"arm": arm, "beta": beta, "kl": 1 / beta}
+        for arm in gradient_pool.ARMS
+        for beta, part in ((0.5, line), (1.0, unknown))
+    ]
+    gradient_pool.draw(lines, tmp_path / "picture.png")
+    assert gradient_pool.section(lines).count("not resolved") == 3 * len(gradient_pool.ARMS)
+
+
 def test_the_projection_keeps_products():
     first, second = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(1))
     second = second + first
