@@ -242,8 +242,8 @@ step of a run (of DPO: every fourth), with a mark at its end."""
 REAL = """Made by `python -m analyze.compare --world real`, where movie reviews are to go on
 positively ([the task](real.md)): policy and reward model are those of `python -m prepare.real`, a
 run has 12 steps of 8 prompts × 8 samples, no flag is tuned, and the judge is an encoder with a
-ridge regression on people's ratings. Two seeds say that the scripts work on a real model and hardly
-more."""
+ridge regression on people's ratings. A win rate over 128 prompts has a standard error of 0.04, and
+there are two seeds: they say that the scripts work on a real model, and hardly more."""
 
 
 def main(args: Args) -> None:
